@@ -126,13 +126,13 @@ def contestants(design: Design) -> list[Contestant]:
     """Return all contestants, the most important ones first."""
     splits = design.splits
     first, *others = [_ours(layout, key) for key in range(design.keys) for layout in design.layouts]
-    found = [first, _deleted(first, splits[0]), *loras_in_full(design), lora(design.seeds[0])]
+    found = [first, deleted_from(first, splits[0]), *loras_in_full(design), lora(design.seeds[0])]
     found.append(Contestant("base", "base"))
     found += [Contestant("private", "private", seed=design.seeds[0])] if find_spec("opacus") else []
-    found += [*_references(design, splits[0]), scratch_of(_deleted(first, splits[0]))]
+    found += [*_references(design, splits[0]), scratch_of(deleted_from(first, splits[0]))]
     found += _methods(design, splits[0])
-    found += [_deleted(first, each) for each in splits[1:]]
-    found += [each for other in others for each in (other, *(_deleted(other, s) for s in splits))]
+    found += [deleted_from(first, each) for each in splits[1:]]
+    found += [each for other in others for each in (other, *(deleted_from(other, s) for s in splits))]
     return found + [each for split in splits[1:] for each in _references(design, split)]
 
 
@@ -152,7 +152,8 @@ def _ours(layout: Layout, key: int) -> Contestant:
     return Contestant(f"{layout.name}-key{key}", "ours", None, layout, key)
 
 
-def _deleted(trained: Contestant, split: ForgetSplit) -> Contestant:
+def deleted_from(trained: Contestant, split: ForgetSplit) -> Contestant:
+    """Return the model from which a forget set was deleted."""
     return replace(trained, name=f"{trained.name}-{split}", without=split)
 
 

@@ -3,7 +3,9 @@
 A row is a contestant on one forget set. Means over questions have 95% bootstrap intervals; model utility
 resamples the questions within each of its sets. Forget quality and membership are against the ordinary
 LoRA trained without the forget set (first seed), and the noise floor is its second seed against it. A
-row has a value only where the cell behind it was finished; `missing` lists the cells that were not.
+row has a value only where the cell behind it was finished; `missing` lists the cells that were not. A
+forget set's rows of another partition key than the first wait until its deletion was attacked, so that
+no mean over keys stands beside a value of one key.
 
     found = assembled(cells)
     print("\\n".join(table(found)))
@@ -32,6 +34,7 @@ from tests.bench.tofu_full.design import (
     Contestant,
     cell_names,
     contestants,
+    deleted_from,
     lora,
     shape,
     trained_of,
@@ -77,7 +80,12 @@ def assembled(cells: Cells) -> Json:
     splits = cells.design.splits
     references = {split: _references(cells, split) for split in splits}
     asked = [each for each in every if "asked" in each.steps]
-    judged = [(each, split) for each in asked for split in ([each.without] if each.without else splits)]
+    judged = [
+        (each, split)
+        for each in asked
+        for split in ([each.without] if each.without else splits)
+        if not each.key or cells.known(f"{deleted_from(trained_of(each), split).name}.attacked")
+    ]
     return {
         "inputs": cells.inputs,
         "design": shape(cells.design),

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from shutil import copyfile, copytree
 from typing import Any
 
 import pytest
@@ -257,6 +258,27 @@ def test_another_machine_goes_on_from_the_cells(
     assert {each.stem for each in (other.out / "models").glob("*.made")} == {"1x4-key0", name}
     with pytest.raises(ConfigConflict, match="another design"):
         Bench.__call__(other, "--results", results, "--out", tmp_path / "third", "--epochs", 2)
+
+
+@pytest.mark.usefixtures("ran")
+def test_another_key_joins_once_its_deletion_was_attacked(bench: Bench, tmp_path: Path) -> None:
+    other = copy(bench)
+    other.out = tmp_path
+    cells = copytree(bench.out / "cells", tmp_path / "cells")
+    for cell in [*cells.glob("1x4-key0*")]:
+        copyfile(cell, cells / cell.name.replace("key0", "key1"))
+    attacked = cells / "1x4-key1-forget10.attacked.json"
+    kept = attacked.read_bytes()
+    attacked.unlink()
+    waiting = other("--assemble", "--key-seeds", 2)
+    assert not any(row["key"] for row in waiting["rows"])
+    assert attacked.stem in waiting["missing"]
+    attacked.write_bytes(kept)
+    joined = other("--assemble", "--key-seeds", 2)
+    assert sorted(row["name"] for row in joined["rows"] if row["key"]) == [
+        "1x4-key1",
+        "1x4-key1-forget10",
+    ]
 
 
 @pytest.mark.usefixtures("ran")
