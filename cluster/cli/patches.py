@@ -26,7 +26,7 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import read_lines
 from cluster.render.deletions import probed
-from cluster.render.result import Result, counted
+from cluster.render.result import Result, counted, of_model
 from sisa.core.errors import InvalidInput, Problem
 from sisa.planning.patch_plan import num_still_known
 
@@ -280,8 +280,8 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         at = f"after step {report.get('step')} of {report.get('num_steps')}"
         lines = [
             f"approximate: out of time {at}; the run is suspended, and nothing of it is served",
-            f"  continue: sisa approx unlearn -m {directory}",
-            f"  give up:  sisa approx revert -m {directory}",
+            f"  continue: sisa approx unlearn {of_model(directory)}",
+            f"  give up:  sisa approx revert {of_model(directory)}",
         ]
         return Result(body, lines, EXIT_UNFINISHED)
     if patch is None:
@@ -297,7 +297,7 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         lines.append(f"  shards: {done.drift:.1%} of the tokens of their answers changed")
     if done.slices_trained:
         lines.append(f"  retrained over it: {counted(done.slices_trained, 'slice')}")
-    limits = f"its limits: sisa approx show -m {directory} {patch.version}"
+    limits = f"its limits: sisa approx show {of_model(directory)} {patch.version}"
     lines += [*_again(report, directory), f"  an estimate, not a proof; {limits}"]
     return Result(body, lines, EXIT_STILL_KNOWN if num_still_known(patch) else 0)
 
@@ -306,7 +306,7 @@ def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
     if report.get("still_known", {}).get("after"):
         yield "  the texts stay in the vault, so you can try again, on top of this patch or after"
         yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
-        yield f"  to erase them instead: sisa approx release -m {directory} --all"
+        yield f"  to erase them instead: sisa approx release {of_model(directory)} --all"
 
 
 def _measures(report: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ the model's answers as they are. `answered` says whether the trained model knew 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +84,8 @@ class Start:
         """Return the result of `sisa init`."""
         body = {"run_file": str(self.run_file), "data_file": str(self.data_file)}
         wrote = f"wrote {self.run_file} and {self.data_file} ({self.records} records)"
-        return Result({**body, "records": self.records}, [wrote, f"next: sisa train {self.run_file}"])
+        step = f"next: sisa train {shlex.quote(str(self.run_file))}"
+        return Result({**body, "records": self.records}, [wrote, step])
 
 
 @dataclass

@@ -37,7 +37,7 @@ from cluster.render.deletions import (
     request_line,
     retrained,
 )
-from cluster.render.result import Result, counted, share
+from cluster.render.result import Result, counted, of_model, share
 from cluster.render.rights import drop_standing
 from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
@@ -86,9 +86,9 @@ def _with_certificate(result: Result, model: Model, request: Request | None) -> 
     if has_evidence(model.directory, model.config, model.id):
         from sisa.evidence.open_evidence import standing
 
-        found = standing(model, request.request_id)
+        found, at = standing(model, request.request_id), of_model(model.directory)
         line = {
-            "issued": f"certificate: `sisa certificate show -m {model.directory} {request.request_id}`",
+            "issued": f"certificate: `sisa certificate show {at} {request.request_id}`",
             "pending": "certificate: pending, until what it deleted is trained again and it is signed",
             "none": "certificate: none",
         }[found]
@@ -166,9 +166,11 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
         lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
     if view.request.state == "received":
         name = view.request.external_id or view.request.request_id
-        lines.append(f"next: sisa request approve -m {directory} {shlex.quote(name)} --approver WHO")
+        lines.append(
+            f"next: sisa request approve {of_model(directory)} {shlex.quote(name)} --approver WHO"
+        )
     elif view.request.state == "approved":
-        lines.append(f"next: sisa run -m {directory}")
+        lines.append(f"next: sisa run {of_model(directory)}")
     body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
     return Result(body, lines)
 
@@ -230,7 +232,7 @@ def request_shown(view: RequestView) -> Result:
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
     done = _decide(directory, request_id, "approved", approver)
-    return done.with_more({}, [f"next: sisa run -m {directory}"])
+    return done.with_more({}, [f"next: sisa run {of_model(directory)}"])
 
 
 @command("deny", '-m model T-17 --reason "not the person"', group=request)

@@ -26,7 +26,7 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import STANDARD_INPUT
 from cluster.observe.reporting import say
-from cluster.render.result import Result, counted
+from cluster.render.result import Result, counted, of_model
 from cluster.render.rights import drop_shown, engine_lines, rectified, restricted
 from sisa.core.errors import InvalidInput
 
@@ -169,8 +169,9 @@ def imported(done: Imported, directory: Path) -> Result:
     if done.shared:
         shared = "opt out those who share an identifier, unless you did: "
         lines.append(f"{shared}`sisa drop status --show-ids` names them")
-    step = f"`sisa request approve` each, sisa run -m {directory}, " if done.requests else ""
-    return Result(asdict(done), [*lines, f"next: {step}sisa drop report -m {directory} -o DIR"])
+    at = of_model(directory)
+    step = f"`sisa request approve` each, sisa run {at}, " if done.requests else ""
+    return Result(asdict(done), [*lines, f"next: {step}sisa drop report {at} -o DIR"])
 
 
 @command("report", "-m model -o responses", group=drop)

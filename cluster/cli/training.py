@@ -25,7 +25,7 @@ from cluster.cli.command import (
     run_file_argument,
 )
 from cluster.observe.reporting import watched
-from cluster.render.result import Result, counted
+from cluster.render.result import Result, counted, of_model
 from sisa.core.domain import ExportForm
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def taken(found: Taken, directory: Path) -> Result:
         lines.append(f"skipped: {skipped} that a request deleted before")
     if found.new_not_taken:
         new = counted(found.new_not_taken, "new record")
-        lines.append(f"not added: {new}; use `sisa add -m {directory} FILE`")
-    lines.append(f"next: sisa status, find, generate or forget, each with -m {directory}")
+        lines.append(f"not added: {new}; use `sisa add {of_model(directory)} FILE`")
+    lines.append(f"next: sisa status, find, generate or forget, each with {of_model(directory)}")
     return Result(asdict(found), lines)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.render.result import Result, counted, share, shortened
+from cluster.render.result import Result, counted, of_model, share, shortened
 from sisa.core.requests import Request
 
 if TYPE_CHECKING:
@@ -112,9 +112,11 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         lines = _deleted(request, outcome, directory)
     lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
     if request.state == "erased":
-        lines.append(f"next: `sisa run -m {directory}` retrains the deferred slices")
+        lines.append(f"next: `sisa run {of_model(directory)}` retrains the deferred slices")
     elif outcome.request is not None:
-        lines.append(f"next: `sisa verify -m {directory} --replay sample` proves it by retraining")
+        lines.append(
+            f"next: `sisa verify {of_model(directory)} --replay sample` proves it by retraining"
+        )
     return Result(body, lines)
 
 
@@ -152,7 +154,8 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
     """Return what to do if the base alone knows a deleted record, as one line, or none."""
     if request.probed is None or not request.probed.num_known:
         return []
-    start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
+    command = f"sisa approx unlearn {of_model(directory)}"
+    start = f"  to make the base say less of it, approximately: {command}"
     if request.vaulted:
         return [f"{start} --request {request.request_id}"]
     return [

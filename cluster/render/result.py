@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 # Exit codes of results; those of errors are in `sisa.core.errors`.
@@ -57,3 +59,12 @@ def shortened(shards: Sequence[object]) -> str:
     """Return the first shards, separated by commas."""
     more = ["..."] if len(shards) > MAX_SHARDS_SHOWN else []
     return ", ".join(map(str, [*shards[:MAX_SHARDS_SHOWN], *more]))
+
+
+def of_model(directory: Path | str) -> str:
+    """Return the option that names a model, in a command that a person may copy into a shell.
+
+    >>> of_model(Path("my model"))
+    "-m 'my model'"
+    """
+    return f"-m {shlex.quote(str(directory))}"

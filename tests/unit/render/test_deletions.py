@@ -56,7 +56,7 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
         forgotten(ForgetOutcome(known, (), "after"), "my model").text,
         ran([known], directory="my model").text,
     ):
-        assert "sisa approx unlearn -m my model" in text
+        assert "sisa approx unlearn -m 'my model'" in text
         assert ("--request req-1" in text) is bool(vaulted)
         assert ("--consent WHO" in text) is not bool(vaulted)
     output = forgotten(ForgetOutcome(known, (), "after"), "my model").text
