@@ -488,7 +488,7 @@ class Model(ModelDirectory):
 
         Without a commit since the last call, this only reads a number from the ledger.
         """
-        if self._seq() == serving.served.seq:
+        if self.seq() == serving.served.seq:
             return []
         with self.context() as context:
             return serving.adopt(context, self.resources)

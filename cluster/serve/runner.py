@@ -85,15 +85,15 @@ def delivering(directory: Path) -> Iterator[None]:
 
     Raise InvalidInput for a webhook whose secret can't be used.
     """
-    from cluster.serve.webhooks import Courier, check_receivers
+    from cluster.serve.webhooks import Courier, secrets_of
     from sisa.model import open_model
 
     model = open_model(directory)
     settings = model.config.service
-    check_receivers(settings)
-    with contextlib.ExitStack() as stack:
-        if settings.webhooks or settings.opendsr:
-            stack.enter_context(_thread("courier", Courier(model).turn))
+    for each in settings.webhooks:
+        secrets_of(each)
+    has_receivers = settings.webhooks or settings.opendsr
+    with _thread("courier", Courier(model).turn) if has_receivers else contextlib.nullcontext():
         yield
 
 

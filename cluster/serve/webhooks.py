@@ -120,7 +120,7 @@ class Courier:
         return delivered
 
     def _queue(self, state: ServiceState) -> None:
-        seq, before = self._model._seq(), state.seen()
+        seq, before = self._model.seq(), state.seen()
         if seq == self._queued_at and before is not None:
             return
         events, requests = self._model.request_events()
@@ -200,9 +200,3 @@ def _messages(
                 report = status_body(block, request.external_id, status, expected_by(request))
                 callback = {**report, "status_callback_url": url}
                 yield Delivery(name, url, "opendsr", json.dumps(callback))
-
-
-def check_receivers(settings: ServiceBlock) -> None:
-    """Raise InvalidInput unless every receiver has a secret that can be used."""
-    for each in settings.webhooks:
-        secrets_of(each)

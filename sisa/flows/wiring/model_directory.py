@@ -63,11 +63,11 @@ def retry_read(read: Callable[Concatenate[_D, _P], _T]) -> Callable[Concatenate[
     def retrying(model: _D, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         for wait_s in WAITS_S:
             time.sleep(wait_s)
-            seq = model._seq()
+            seq = model.seq()
             try:
                 return read(model, *args, **kwargs)
             except (IntegrityError, Outdated):
-                if model._seq() == seq:
+                if model.seq() == seq:
                     raise
         raise model.busy()
 
@@ -129,7 +129,7 @@ class ModelDirectory:
             return held_state(ledger)
         return ""
 
-    def _seq(self) -> int:
+    def seq(self) -> int:
         """Return the number of the ledger's last commit, or 0 if the ledger can't be read."""
         with contextlib.suppress(SisaError), self._ledger() as ledger:
             return ledger.seq()

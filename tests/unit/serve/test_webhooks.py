@@ -15,7 +15,7 @@ from standardwebhooks.webhooks import Webhook
 
 from cluster.serve.domain import Service
 from cluster.serve.state import ServiceState
-from cluster.serve.webhooks import RETRY_S, Courier, check_receivers, post_message
+from cluster.serve.webhooks import RETRY_S, Courier, post_message, secrets_of
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput
 from sisa.flows.lifecycle import Terms
@@ -203,9 +203,8 @@ def test_a_secret_that_cannot_be_used_is_refused(tmp_path: Path, text: str, mode
     path = tmp_path / "hook.secret"
     path.write_text(text)
     path.chmod(mode)
-    block = ServiceBlock(webhooks=(WebhookReceiver(url=URL, secret_file=path),))
     with pytest.raises(InvalidInput, match="webhook"):
-        check_receivers(block)
+        secrets_of(WebhookReceiver(url=URL, secret_file=path))
 
 
 def test_messages_go_by_http_and_follow_no_redirect() -> None:
