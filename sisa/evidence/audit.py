@@ -24,7 +24,7 @@ from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
 from sisa.evidence.issuing import served_by
 from sisa.evidence.keys.keys import Keys
-from sisa.evidence.keys.model_keys import PUBLISHED, log_for_writing, open_keys
+from sisa.evidence.keys.model_keys import PUBLIC_KEYS, log_for_writing, open_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log
 from sisa.evidence.log.tiles import CHECKPOINT, Read, cutting_full_tiles
@@ -204,7 +204,7 @@ class _Evidence:
 
     @cached_property
     def public(self) -> PublicKeys:
-        return self.given or (self.keys.public if self.keys else parse_keys(self.read(PUBLISHED)))
+        return self.given or (self.keys.public if self.keys else parse_keys(self.read(PUBLIC_KEYS)))
 
     @cached_property
     def entries(self) -> list[bytes]:

@@ -38,7 +38,7 @@ Revoked = dict[str, dict[str, str]]  # certificate and date by adapter
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFeed:
     """Where a feed was published, its number and times, and how many adapters it names."""
 
     feed: str
@@ -50,7 +50,7 @@ class Published:
     reinstated: int
 
 
-def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Published:
+def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> PublishedFeed:
     """Sign a feed and write it to a file, by default beside the log. Raise InvalidInput without keys."""
     with open_evidence(model) as evidence:
         feed, beside = feed_of(evidence, days), evidence.context.stores.blobs[LOG]
@@ -60,7 +60,7 @@ def publish(model: Model, to: Path | None = None, days: int = VALID_DAYS) -> Pub
         else:
             write_atomic(to, envelope, mode=0o644)
     predicate = feed["predicate"]
-    return Published(
+    return PublishedFeed(
         feed=str(to or beside.location(FEED)),
         sequence=predicate["sequence"],
         published=predicate["published"],

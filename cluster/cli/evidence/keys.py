@@ -117,13 +117,13 @@ def _time_of(key: StatementKey) -> str:
 
 def _shown(model: Model, found: Keys) -> Result:
     from sisa.evidence.keys.keys import PUBLIC, public_body
-    from sisa.evidence.keys.model_keys import PUBLISHED, log_blobs
+    from sisa.evidence.keys.model_keys import PUBLIC_KEYS, log_blobs
 
     body, blobs = public_body(found.public), log_blobs(model)
     places = {
         "directory": str(found.directory),
         "public_keys": str(found.directory / PUBLIC),
-        "published": blobs.location(PUBLISHED),
+        "published": blobs.location(PUBLIC_KEYS),
     }
     lines = [
         f"signs     {found.signer or 'a key file'}, in {found.directory}",

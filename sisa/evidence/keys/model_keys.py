@@ -20,7 +20,7 @@ from sisa.verifier.envelope import StatementKey
 if TYPE_CHECKING:
     from sisa.model import Model
 
-PUBLISHED = "keys.json"  # the file of public keys, beside the log
+PUBLIC_KEYS = "keys.json"  # the file of public keys, beside the log
 EXPORTS_KEY = "exports.pem"  # beside it: the public key of exports, for `model_signing verify key`
 
 
@@ -32,7 +32,7 @@ def log_for_writing(keys: Keys, blobs: BlobStore) -> Log:
     log = Log(blobs, keys)
     keys.settle(log)
     exports = public_pem(export_key(keys.log_seed).public_key())
-    for name, data in ((PUBLISHED, keys.public_file), (EXPORTS_KEY, exports)):
+    for name, data in ((PUBLIC_KEYS, keys.public_file), (EXPORTS_KEY, exports)):
         if not blobs.num_bytes(name) or blobs.get(name, "file of public keys") != data:
             blobs.put(name, data)
     return log

@@ -30,7 +30,7 @@ from sisa.core.event_chain import chained
 from sisa.core.ports import Change, merged
 from sisa.core.requests import RequestEvent
 from sisa.evidence.keys.keys import Keys, create_keys
-from sisa.evidence.keys.model_keys import PUBLISHED, rotate
+from sisa.evidence.keys.model_keys import PUBLIC_KEYS, rotate
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.log.cosigning import cosign, new_cosigner_key
 from sisa.evidence.log.log import SIGNED, Log
@@ -360,7 +360,7 @@ def test_a_copy_is_kept(operator: Operator, tmp_path: Path) -> None:
 )
 def test_a_revocation_is_withheld(operator: Operator, tmp_path: Path) -> None:
     def check(feed: Path, *options: str | Path) -> int:
-        given = ["--feed", feed, "--key", operator.log / PUBLISHED, *options]
+        given = ["--feed", feed, "--key", operator.log / PUBLIC_KEYS, *options]
         return cli.run([str(each) for each in ("check-adapter", tmp_path / "copy", *given)])
 
     shutil.copytree(operator.directory / CHECKPOINTS, tmp_path / "copy")
@@ -399,7 +399,7 @@ def new_log(operator: Operator, at: Path) -> Iterator[tuple[Log, list[tuple[str,
     yield made, listed
     shutil.rmtree(operator.log)
     shutil.copytree(at / "log", operator.log)
-    (operator.log / PUBLISHED).write_bytes(keys.public_file)
+    (operator.log / PUBLIC_KEYS).write_bytes(keys.public_file)
     shutil.copy(at / "keys" / SIGNED, keys.directory)  # what the keys remember is set back as well
 
 

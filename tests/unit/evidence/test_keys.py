@@ -53,7 +53,7 @@ from sisa.evidence.keys.keys import (
     read_keys,
     rotate_keys,
 )
-from sisa.evidence.keys.model_keys import PUBLISHED, log_for_writing
+from sisa.evidence.keys.model_keys import PUBLIC_KEYS, log_for_writing
 from sisa.evidence.keys.signing import read_public_key
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, follow, log_reader
@@ -275,7 +275,7 @@ def test_certificates_are_checked_across_rotations(tmp_path: Path) -> None:
     entries = check_log(read, first.log)[1]
     kinds = [each["predicateType"] for _, each in verify_chain(entries, read, keys.public)]
     assert kinds == [STATE, EXACT, *[KEY_HANDOVER] * 2, EXACT, EXACT, KEY_HANDOVER, EXACT]
-    assert parse_keys(read(PUBLISHED)) == keys.public
+    assert parse_keys(read(PUBLIC_KEYS)) == keys.public
     assert follow(first, entries[:6], read) == second
     with pytest.raises(Refused):
         list(verify_chain(entries, read, second))
