@@ -27,7 +27,7 @@ from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, WitnessH
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
-from sisa.flows.context.areas import known_by_area, stores_by_area
+from sisa.flows.context.areas import unlisted
 from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
 from sisa.flows.context.slices import embed_records
@@ -223,10 +223,9 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
             found = f"{error.what} (expected {error.expected}, got {error.got})"
             findings.append(Problem(named.where, found if error.expected else error.what))
     findings += [Problem(each.where, each.what) for each in wrong_heads(context)]
-    known = known_by_area(context)
     what = "a file that the ledger does not know; the next train, add or forget erases it"
-    for folder, area in stores_by_area(context).items():
-        findings += [Problem(f"{folder}/{name}", what) for name in sorted(area.held() - known[folder])]
+    for area, names in unlisted(context).items():
+        findings += [Problem(f"{area}/{name}", what) for name in sorted(names)]
     return count, findings
 
 

@@ -37,7 +37,7 @@ from sisa.evidence.statements import (
     State,
     erased_name,
 )
-from sisa.flows.context.areas import known_by_area, purge, stores_by_area
+from sisa.flows.context.areas import purge, unlisted
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricted_rows, restrictions, served_heads
 from sisa.flows.restored_backup import REPLAYED
@@ -277,12 +277,12 @@ def _check_erasure(context: Context, drafted: Draft, *, added_again: bool) -> li
 
     A record that was added again, as it was, brings its checkpoints back: they are not checked.
     """
-    keyed, known = context.settings.chain.keyed, known_by_area(context)
+    keyed = context.settings.chain.keyed
     erased = {name for e in drafted.erased if e["what"] == "checkpoint" for name in e["digests"]}
     held = {erased_name(keyed, "checkpoint", key) for key in context.stores.checkpoints.held()}
     left = {
-        area: sum(not name.startswith(TEMPORARY_PREFIX) for name in store.held() - known[area])
-        for area, store in stores_by_area(context).items()
+        area: sum(not name.startswith(TEMPORARY_PREFIX) for name in names)
+        for area, names in unlisted(context).items()
     }
     if any(left.values()) or not (added_again or erased.isdisjoint(held)):
         raise IntegrityError(

@@ -55,6 +55,12 @@ def stores_by_area(context: Context) -> dict[str, ports.StoredFiles]:
     }
 
 
+def unlisted(context: Context) -> dict[str, frozenset[str]]:
+    """Return what each storage area holds and the ledger does not list."""
+    known = known_by_area(context)
+    return {area: store.held() - known[area] for area, store in stores_by_area(context).items()}
+
+
 def purge(context: Context, *, dry_run: bool = False) -> tuple[ports.KeptVersions, ...]:
     """Remove old versions of replaced or erased objects; return those that a bucket keeps.
 

@@ -28,8 +28,7 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
 from sisa.core.ports import Change
 from sisa.flows import reconcile
-from sisa.flows.context.areas import known_by_area, stores_by_area
-from sisa.flows.context.context import Context
+from sisa.flows.context.areas import unlisted
 from sisa.flows.ingest import add
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.flows.wiring.upper_houses import SERVICE_STATE
@@ -512,12 +511,6 @@ def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = Path(shutil.copytree(before, tmp_path / "held"))
     metrics_of(model, "f" * STAGE_DIGITS)
     return Model(model, executor="serial")
-
-
-def unlisted(context: Context) -> dict[str, frozenset[str]]:
-    """Return what each storage area holds and the ledger does not list."""
-    known = known_by_area(context)
-    return {name: area.held() - known[name] for name, area in stores_by_area(context).items()}
 
 
 @pytest.mark.parametrize("failing", [*ROOMS, METRICS])
