@@ -6,6 +6,7 @@ stated when heads have advanced. `schemas/` describes every field. Nothing here 
     Draft      commitments to the records, what they touched, keyed digests of what will be erased
     Outcome    what is known when the request is completed
     State      what the model holds and serves now, and the statement before this one: the chain
+    FORMS      the facts that are read again, which `check_facts` checks once
 
 Nobody learns from a statement who was deleted: records, files and checkpoints are named by digests under
 the model's secret, and words that people gave with a request (its external id, reasons, approver) are
