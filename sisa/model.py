@@ -181,7 +181,7 @@ class Model(ModelDirectory):
         with self.deciding() as context:
             held, deleted = query.held_and_deleted(context, ids, subject)
             request = lifecycle.submit(context, held, deleted, terms or Terms())
-        return lifecycle.Submitted(request, exact_copies, near)
+        return lifecycle.Submitted(request, exact_copies, near, tuple(deleted))
 
     @retry_read
     def alike(

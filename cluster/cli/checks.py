@@ -113,7 +113,9 @@ def verified(found: Verification) -> Result:
 @command("sweep", "-m model p001-q1 --also exported-adapters")
 @model_option
 @ids_options
-@click.option("--text-file", type=PATH, help="File with texts to look for, one on each line.")
+@click.option(
+    "--text-file", type=PATH, help="File with texts to look for (in all records), one on each line."
+)
 @click.option(
     "--also", multiple=True, type=PATH, help="Also search here, such as an export. Repeatable."
 )

@@ -28,6 +28,7 @@ from cluster.cli.command import (
 )
 from cluster.observe.reporting import say
 from cluster.render.deletions import (
+    already_deleted,
     base_hint,
     forget_plan,
     forgotten,
@@ -37,7 +38,7 @@ from cluster.render.deletions import (
     request_line,
     retrained,
 )
-from cluster.render.result import Result, counted, of_model, share
+from cluster.render.result import Result, counted, of_model
 from cluster.render.rights import drop_standing
 from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
@@ -155,7 +156,7 @@ def submit_request(
 
 
 def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
-    lines = [_line(view)]
+    lines = [_line(view), *already_deleted(found.already_deleted)]
     if found.copies:
         fate = "included" if found.request.copies_included else "NOT included (--include-copies)"
         lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
@@ -172,6 +173,7 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
     elif view.request.state == "approved":
         lines.append(f"next: sisa run {of_model(directory)}")
     body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
+    body["already_deleted"] = len(found.already_deleted)
     return Result(body, lines)
 
 
@@ -218,6 +220,7 @@ def _shown(model: Model, view: RequestView) -> Result:
 def request_shown(view: RequestView) -> Result:
     request = view.request
     lines = [_line(view)]
+    lines += [f"  reason: {request.reason}"] if request.reason else []
     lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
     if request.committed_at:
         lines += [f"  record-epochs of its batch: {retrained(request)}", *meanwhile(request)]
@@ -322,9 +325,7 @@ def ran(
     on_hold: Sequence[RequestView] = (),
 ) -> Result:
     lines = [
-        f"{each.request_id}: {each.state}, {counted(each.num_records, 'record')}, batch of "
-        f"{each.record_epochs_retrained} record-epochs "
-        f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
+        request_line(each, f", batch of {retrained(each)} record-epochs in {each.seconds:.1f} s")
         + (f", {each.record_epochs_others} more in other orders" if each.record_epochs_others else "")
         + (f", {counted(each.exports_erased, 'export')} erased" if each.exports_erased else "")
         for each in done

@@ -219,7 +219,8 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
         raise EnvironmentFault(
             "a local Ray can't be started",
             got=first_line(error),
-            next_step="free memory and disk space, or train with `--executor serial`",
+            next_step="free memory and disk space, or try again when the machine is less busy; "
+            "`--executor serial` trains without Ray",
         ) from error
     return private_dir
 

@@ -14,6 +14,7 @@ from cluster.render.result import Result, counted, of_model, share, shortened
 from sisa.core.requests import Request
 
 if TYPE_CHECKING:
+    from sisa.core.domain import Tombstone
     from sisa.core.ports import KeptVersions
     from sisa.core.requests import Probed
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan
@@ -74,18 +75,21 @@ def forget_plan(planned: ForgetPlan) -> Result:
     lines = [
         f"would delete {counted(len(planned.removed), 'record')}; nothing was changed",
         *(f"  shard {s}: retrain {counted(n, 'slice')} from slice {first} on" for s, first, n in rows),
-        f"  record-epochs: {retrained(planned)}; estimated time {estimate}",
+        f"  record-epochs: {retrained(planned)}; estimated time of training {estimate}",
         *meanwhile(planned),
         f"  would erase {', '.join(most)} and {last}",
-        *_already(len(planned.already_deleted)),
+        *already_deleted(planned.already_deleted),
         "next: the same command without --dry-run",
     ]
     return Result(body, lines)
 
 
-def _already(count: int) -> list[str]:
-    were = "was" if count == 1 else "were"
-    return [f"{count} of the named records {were} already deleted"] if count else []
+def already_deleted(found: Sequence[Tombstone]) -> list[str]:
+    """Return how many of the named records earlier requests deleted, as one line, or none."""
+    if not found:
+        return []
+    by = shortened(sorted({each.request_id for each in found}))
+    return [f"already deleted before: {counted(len(found), 'record')}, by {by}"]
 
 
 def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
@@ -107,7 +111,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "old_versions_kept": [asdict(each) for each in outcome.kept],
         "probed": request.probed and asdict(request.probed),
     }
-    lines = _already(len(already))
+    lines = already_deleted(already)
     if outcome.request is not None:
         lines = _deleted(request, outcome, directory)
     lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
@@ -130,7 +134,7 @@ def _deleted(request: Request, outcome: ForgetOutcome, directory: Path | str) ->
     lines.append(f"  record-epochs: {retrained(request)} in {request.seconds:.1f} s")
     before, after = request.model_digest_before, outcome.model_digest
     lines.append(f"  model digest {before[:16]}... -> {after[:16]}...")
-    lines += _already(len(outcome.already_deleted))
+    lines += already_deleted(outcome.already_deleted)
     if request.exports_erased:
         lines.append(f"  {counted(request.exports_erased, 'export')} erased")
     return lines + probed(request.probed) + base_hint(request, directory)

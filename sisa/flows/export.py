@@ -87,8 +87,8 @@ class Card:
             "",
             f"- base: {self.base}, digest `{self.base_digest}`, trained over in {self.dtype}",
             f"- model digest: `{self.model_digest}`",
-            f"- shards in it: {', '.join(map(str, shards))}",
-            f"- records it was trained on: {self.num_records}, root `{digest_of(self.roots)}`",
+            f"- of {'shard' if len(shards) == 1 else 'shards'} number {', '.join(map(str, shards))}",
+            f"- records of the whole model: {self.num_records}, root `{digest_of(self.roots)}`",
             f"- deletions so far: {self.num_deleted}",
             f"- approximate patches in it: {self.num_patches}",
         ]

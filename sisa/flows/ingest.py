@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from sisa.core.domain import Head, Record, RecordRow, SliceState, Tombstone
 from sisa.core.errors import Problem, UnknownRecord
+from sisa.core.events import Notice
 from sisa.core.ports import Change, StoredRecord, Vectors, merged
 from sisa.core.requests import RECTIFY, Request
 from sisa.data.record_rules import normal_subject
@@ -65,6 +66,9 @@ def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] |
         return _train_missing(context, held=held, deleted=len(found) - held, new=new)
     heads = [Head(shard, None, 0, None) for shard in range(context.settings.assigner.layout.num_shards)]
     _commit_added(context, records, heads, meta or {})
+    if empty := len(heads) - len(context.stores.ledger.counts()):
+        what = f"{empty} of {len(heads)} shards have no record: a subject's records share one"
+        context.report(Notice(f"{what}; with so few, choose fewer shards (`sisa.shards`)"))
     return _train_missing(context, added=len(records))
 
 

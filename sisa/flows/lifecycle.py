@@ -45,11 +45,15 @@ PAST_DAYS, YOUNG_DAYS = 90, 30.0  # see `_arrivals_per_day`
 
 @dataclass(frozen=True)
 class Submitted:
-    """Hold a request and what else it might mean: ids of exact copies, and near-duplicates."""
+    """Hold a request and what else it might mean: ids of exact copies, and near-duplicates.
+
+    `already_deleted` are the named records that earlier requests deleted.
+    """
 
     request: Request
     copies: tuple[str, ...]
     near: tuple[Candidate, ...]
+    already_deleted: tuple[Tombstone, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,19 @@ def _valid_due(due: str, now: str) -> str:
     try:
         day = date.fromisoformat(due).isoformat()
     except ValueError:
-        raise InvalidInput("the due date is not a date", expected="YYYY-MM-DD", got=due[:40]) from None
+        raise InvalidInput(
+            "the due date is not a date",
+            expected="YYYY-MM-DD",
+            got=due[:40],
+            next_step="give another date, or none: the term of the regime counts from today",
+        ) from None
     if day < now[:10]:
-        raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
+        raise InvalidInput(
+            "the due date has passed already",
+            expected=f"{now[:10]} or later",
+            got=day,
+            next_step="if the term is over, give today's date, and the missed one in the reason",
+        )
     return day
 
 

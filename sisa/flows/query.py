@@ -26,7 +26,7 @@ from sisa.planning.hidden_state_files import slice_start
 from sisa.planning.plan import touched
 
 NUM_NEAR = 50  # most near-duplicates that are proposed
-SHOWN_CHARS = 100  # shown of a candidate's text
+SHOWN_CHARS = 300  # shown of a candidate's text
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Candidate:
     slice: int
     match: str  # "subject" if the ledger named it, "content" if the index did
     subject: str | None = None
-    text: str | None = None  # its beginning, if the caller asked for it
+    text: str | None = None  # its beginning without system turns, if the caller asked for it
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[RecordRow | Tombstone]:
@@ -326,7 +326,8 @@ def _candidates(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candi
 
 
 def _candidate(record: Record, score: float, row: RecordRow, match: str) -> Candidate:
-    text = " ".join(record.text.split())
+    said = [part.text for part in record.parts if part.role != "system"]
+    text = " ".join(" ".join(said).split())
     shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
     return Candidate(record.id, score, row.shard, row.slice, match, record.subject_id, shown)
 

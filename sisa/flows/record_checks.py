@@ -45,8 +45,7 @@ def check_all(*checks: Callable[[], object]) -> None:
         found = [problem for error in met for problem in error.problems]
         problems = sorted(found, key=lambda problem: int(problem.where.rpartition(" ")[2]))
         raise InvalidInput(
-            f"{len({each.where for each in problems})} records can't be added, for several reasons; "
-            "nothing was changed",
+            f"{_records(problems)} can't be added, for several reasons; nothing was changed",
             next_step="; ".join(dict.fromkeys(error.next_step for error in met)),
             problems=problems,
         ) from None
@@ -54,9 +53,8 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 def _raise_problems(problems: Sequence[Problem], what: str, next_step: str) -> None:
     if problems:
-        count = len({each.where for each in problems})
         raise InvalidInput(
-            f"{count} records {what}; nothing was changed", next_step=next_step, problems=problems
+            f"{_records(problems)} {what}; nothing was changed", next_step=next_step, problems=problems
         )
 
 
@@ -78,6 +76,11 @@ def check_first(
         lambda: _check_not_deleted(assigner, enumerate(records), deleted, "trained"),
         *(lambda check=check: check(records) for check in checks),
     )
+
+
+def _records(problems: Sequence[Problem]) -> str:
+    count = len({each.where for each in problems})
+    return f"{count} record{'s' * (count != 1)}"
 
 
 def check_added(

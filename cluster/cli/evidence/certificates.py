@@ -22,6 +22,7 @@ from cluster.cli.command import (
 )
 from cluster.cli.evidence.published import (
     evidence_in,
+    keyid_line,
     logged_statements,
     public_keys_option,
     read_public_keys,
@@ -148,7 +149,8 @@ def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, lo
     public = read_public_keys(key_file)
     with evidence_in(file):
         found = verify_certificate(read_bytes(file), public)
-    lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, signed by {public.model}"]
+    lines = [f"valid: entry {found.index} of a log of {found.checkpoint.size}, of model {public.model}"]
+    lines.append(keyid_line(public))
     if receipt is not None:
         with evidence_in(receipt):
             verify_receipt(read_bytes(receipt), found, public)
@@ -159,7 +161,7 @@ def verify_certificate_file(file: Path, key_file: Path, receipt: Path | None, lo
         num_statements, checks = len(statements), checks_about(found.statement, statements)
         lines.append(f"the log holds: {counted(num_statements, 'statement')}")
     about_log = {"log_statements": num_statements, "checks": checks}
-    body = {"ok": True, "receipt": receipt is not None, **about_log}
+    body = {"ok": True, "keyid": public.present.keyid, "receipt": receipt is not None, **about_log}
     result = Result(body, lines).with_more(shown(found).json, shown(found).lines)
     return result if checks is None else result.with_more({}, _check_lines(found.statement, checks))
 
@@ -261,14 +263,14 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
     yield f"  guarantee: {stated['guarantee']}"
     for each in stated["touched"]:
         slices = ", ".join(map(str, each["slices"]))
-        yield f"  touched: shard {each['shard']}, slices {slices}"
+        yield f"  touched: shard {each['shard']}, slice{'s' * (len(each['slices']) > 1)} {slices}"
     erased: Counter[str] = Counter()
     for each in stated["erased"]:
         erased[f"{each['what']} ({each['where']})"] += each["number"]
     yield from (f"  erased: {what}: {count}" for what, count in erased.items())
     for each in stated["remains"]:
-        count = f"{each['number']} " if each["number"] else ""
-        yield f"  remains: {count}{each['what']} ({each['where']}): {each['why']}"
+        count = f"{each['number']}, " if each["number"] else ""
+        yield f"  remains: {each['what']} ({each['where']}): {count}{each['why']}"
     epochs = f"{plan['record_epochs_retrained']} of {plan['record_epochs_full']} record-epochs"
     yield f"  retrained: {epochs}, in {plan['seconds']} s"
     for name in ("sweep", "replay"):

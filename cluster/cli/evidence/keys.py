@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cluster.cli.command import PATH, command, command_group, model_option, opened
-from cluster.cli.evidence.published import read_public_keys
+from cluster.cli.evidence.published import log_at, read_public_keys
 from cluster.render.result import Result
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def check_keys(file: Path, trusted: Path, where: str | None) -> Result:
     known, found = (read_public_keys(each) for each in (trusted, file))
     if where is not None:
         read = log_reader(where)
-        known = follow(known, check_log(read, known.log)[1], read)
+        with log_at(where):
+            known = follow(known, check_log(read, known.log)[1], read)
     keyid = known.present.keyid
     if found != known:
         raise Refused(

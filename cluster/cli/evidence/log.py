@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cluster.cli.command import PATH, command, command_group, model_option, opened
+from cluster.cli.evidence.published import log_at
 from cluster.cli.input_files import read_bytes, read_text
 from cluster.render.result import Result
 from sisa.core.errors import InvalidInput
@@ -106,7 +107,8 @@ def check_log_command(
         with opened(directory) as model:
             now = log_of(model).check(cosigners, kept)
     elif where is not None and key_file is not None and directory is None:
-        now, _ = check_log(log_reader(where), log_vkey(key_file), cosigners, kept)
+        with log_at(where):
+            now, _ = check_log(log_reader(where), log_vkey(key_file), cosigners, kept)
     else:
         raise click.UsageError("give a directory or a URL with --key, or -m alone")
     body = {"ok": True, "origin": now.origin, "size": now.size, "root": now.root.hex()}

@@ -11,6 +11,7 @@ import click
 from cluster.cli.command import PATH, command, model_option, opened, output_option, record_argument
 from cluster.cli.evidence.published import (
     evidence_in,
+    keyid_line,
     logged_statements,
     public_keys_option,
     read_public_keys,
@@ -64,8 +65,8 @@ def verify_proof_file(file: Path, key_file: Path, published_log: str | None) -> 
     newest = "nothing newer is stated in the log"
     if published_log is None:
         newest = "whether something newer is stated, the published log says: --log"
-    body = {"ok": True, "newest": None if published_log is None else True}
-    return Result(body | proof.json, [*proof.lines, f"  {newest}"])
+    body = {"ok": True, "keyid": public.present.keyid, "newest": None if published_log is None else True}
+    return Result(body | proof.json, [*proof.lines, f"  {newest}", f"  {keyid_line(public)}"])
 
 
 def _proof(found: MembershipProof) -> Result:

@@ -39,6 +39,20 @@ def read_public_keys(file: Path) -> PublicKeys:
         return parse_keys(read_bytes(file))
 
 
+@contextmanager
+def log_at(where: str) -> Iterator[None]:
+    """Add the place of a published log, and a next step, to a refusal that lacks them."""
+    from sisa.verifier.envelope import Refused
+
+    try:
+        yield
+    except Refused as error:
+        if not error.where.startswith(where):
+            error.where = f"{where}, {error.where}" if error.where else where
+        error.next_step = error.next_step or "keep the files: they may be evidence against the log"
+        raise
+
+
 def logged_statements(
     where: str, keys: PublicKeys, proof: str | None = None
 ) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
@@ -52,8 +66,14 @@ def logged_statements(
 
     read = log_reader(where)
     seen = [] if proof is None else [parse_proof(proof.encode())[2]]
-    entries = check_log(read, keys.log, seen=seen)[1]
-    return len(entries), list(verify_chain(entries, read, keys))
+    with log_at(where):
+        entries = check_log(read, keys.log, seen=seen)[1]
+        return len(entries), list(verify_chain(entries, read, keys))
+
+
+def keyid_line(keys: PublicKeys) -> str:
+    """Return the last keyid of a file of public keys, which shows whose they are."""
+    return f"keyid {keys.present.keyid}: compare it with the owner's, from another source than the file"
 
 
 public_keys_option = click.option(

@@ -131,6 +131,13 @@ def _load(directory: Path, path: str) -> bytes:
                 next_step="name the log's directory or URL, or what `sisa log request` prints",
             )
         directory, path = directory.parent, directory.name
+    if not directory.exists():
+        raise InvalidInput(
+            "there is no such directory",
+            where=str(directory),
+            expected="a published log: a directory with a file `checkpoint`",
+            next_step="name the log's directory or URL",
+        )
     with files.disk_errors(directory / path):
         try:
             with (directory / path).open("rb") as file:

@@ -106,7 +106,7 @@ def run_once(ask: Ask) -> list[dict[str, Any]]:
 
 def test_submit_shows_the_request(ask: Ask) -> None:
     found = ask("request", "submit", "id-0003", "id-0004", "--external-id", "T-1", "--reason", "letter")
-    assert set(found) == REQUEST_KEYS | {"copies", "near"}
+    assert set(found) == REQUEST_KEYS | {"copies", "near", "already_deleted"}
     assert found["request_id"].startswith("req-")
     assert (found["external_id"], found["state"], found["num_records"]) == ("T-1", "received", 2)
     assert (found["regime"], found["reason"], found["approver"]) == ("gdpr", "letter", None)
@@ -143,6 +143,7 @@ def test_a_regime_or_a_day_sets_the_due_date(ask: Ask) -> None:
     for due in ("soon", "2001-01-01"):
         error = ask("request", "submit", "id-0003", "--due", due, code=2)["error"]
         assert error["type"] == "InvalidInput"
+        assert error["next_step"]
 
 
 def test_copies_are_listed_and_deleted_only_if_asked(ask: Ask) -> None:
@@ -173,7 +174,8 @@ def test_an_exact_copy_is_no_near_duplicate(ask: Ask) -> None:
 
 
 def test_the_words_of_submit_show_and_list(sisa: Sisa, model: Path) -> None:
-    code, out, _ = sisa("request", "submit", "id-0000", "-m", model, "--external-id", "T-1")
+    given = ("id-0000", "--external-id", "T-1", "--reason", "a letter of May")
+    code, out, _ = sisa("request", "submit", "-m", model, *given)
     assert code == 0
     assert "(T-1): received, 1 record, due " in out
     assert "exact copies under other ids, NOT included (--include-copies): 1" in out
@@ -181,6 +183,7 @@ def test_the_words_of_submit_show_and_list(sisa: Sisa, model: Path) -> None:
     code, out, _ = sisa("request", "hold", "T-1", "-m", model, "--reason", "court \x1b[2J order")
     assert code == 0
     assert re.search(r"held  court .*order", out)
+    assert "reason: a letter of May" in out
     assert "\x1b" not in out
     sisa("request", "cancel", "T-1", "-m", model)
     code, out, _ = sisa("request", "list", "-m", model)
@@ -326,7 +329,9 @@ def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
 def test_show_shows_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
     assert "record-epochs" not in sisa("request", "show", "-m", model, "T-1")[1]
-    (done,) = run_once(ask)
+    out = sisa("run", "-m", model, "--executor", "serial")[1]
+    assert " (T-1): completed, 1 record, batch of " in out
+    done = ask("request", "show", "T-1")
     text = sisa("request", "show", "-m", model, "T-1")[1]
     assert f"of its batch: {done['record_epochs_retrained']} of {done['record_epochs_full']} (" in text
     ((shard, served, whole),) = done["served"]
@@ -420,3 +425,12 @@ def test_an_already_deleted_id_does_not_keep_a_live_one(ask: Ask) -> None:
     states = [each["state"] for each in ask("where", "id-0003", "id-0004")["records"]]
     assert states == ["deleted"] * 2
     assert ask("request", "show", first["request_id"])["approver"] == "sisa forget"
+
+
+def test_a_request_names_the_one_that_deleted_its_records_before(
+    ask: Ask, sisa: Sisa, model: Path
+) -> None:
+    first = ask("forget", "id-0003", "--executor", "serial")
+    out = sisa("request", "submit", "-m", model, "id-0003", "id-0004")[1]
+    assert f"already deleted before: 1 record, by {first['request_id']}\n" in out
+    assert ask("request", "submit", "id-0003", "id-0005")["already_deleted"] == 1

@@ -58,4 +58,5 @@ def test_a_card_says_how_to_load_what_it_is_of() -> None:
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in text
     assert "resolve_base" in text
     assert "b" * 64 in text
+    assert "of shard number 0\n" in text
     assert "resolve_base" not in replace(card, base="owner/name").text("v1", [0], rank=4).decode()

@@ -104,6 +104,13 @@ def test_a_first_training_that_ended_before_its_commit_is_done_again_under_one_k
     assert states(run_file.parent / "model", ONE) == ["trained"]
 
 
+def test_a_first_training_says_which_shards_have_no_record(
+    tmp_path: Path, sisa: Callable[..., tuple[int, str, str]]
+) -> None:
+    run_file = write_run(tmp_path / "new", RECORDS[:1], sisa={"shards": 3})
+    assert "2 of 3 shards have no record" in sisa("train", run_file, "--executor", "serial")[2]
+
+
 def test_a_first_training_never_overwrites_the_key_of_another_model(tmp_path: Path, ask: Ask) -> None:
     run_file = write_run(tmp_path / "new", sisa={"partition_key_file": None})
     model = run_file.parent / "model"

@@ -94,7 +94,7 @@ def test_forget_of_what_is_gone_says_so_under_the_same_keys() -> None:
     assert (found["request_id"], found["records"], found["shards"]) == (None, 0, [])
     assert (found["already_deleted"], found["already_deleted_by"]) == (2, ["req-0"])
     assert (found["model_digest_before"], found["model_digest_after"]) == ("same", "same")
-    assert (result.exit_code, result.text) == (0, "2 of the named records were already deleted")
+    assert (result.exit_code, result.text) == (0, "already deleted before: 2 records, by req-0")
 
 
 def test_a_dry_run() -> None:

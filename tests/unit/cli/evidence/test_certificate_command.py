@@ -60,6 +60,11 @@ def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
     for line in ("valid: entry 1 of a log of 2", "the log holds: 2 statements", "guarantee: bit-exact"):
         assert line in out
     assert "does not cover: Source files" in out
+    assert f"keyid {done['keyid']}" in out
+    assert (
+        done["keyid"]
+        == ask("keys", "check", after / "keys.json", "--trusted", after / "keys.json")["keyid"]
+    )
 
     ask(*check, "--log", before, code=4)
     next((after / "statements").iterdir()).unlink()

@@ -75,3 +75,26 @@ def test_what_is_refused_names_the_file_and_the_next_step(outside: Path, ask: As
         path.unlink()
         assert ask(*check, code=2)["error"]["type"] == "InvalidInput"
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("command", ["log check", "verify-certificate"])
+def test_a_changed_log_is_refused_by_the_file_and_with_a_next_step(
+    outside: Path, ask: Ask, command: str
+) -> None:
+    where, *options = (str(outside / "log"), "--key", outside / "log" / "keys.json")
+    check = (*command.split(), where, *options)
+    if command == "verify-certificate":
+        check = (command, outside / FILES[command], *options, "--log", where)
+    statements = sorted((outside / "log" / "statements").iterdir())
+    for path in (outside / "log" / "checkpoint", *(statements if "certificate" in command else ())):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        error = ask(*check, code=4)["error"]
+        assert error["where"].startswith(where)
+        assert error["next_step"]
+        path.write_bytes(whole)
+    (outside / "log").rename(outside / "moved")
+    (outside / "log").mkdir()
+    (outside / "moved" / "keys.json").rename(outside / "log" / "keys.json")
+    error = ask(*[f"{each}-elsewhere" if each == where else each for each in check], code=2)["error"]
+    assert (error["type"], error["where"]) == ("InvalidInput", f"{where}-elsewhere")
