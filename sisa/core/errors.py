@@ -76,7 +76,8 @@ class SisaError(Exception):
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
         """Return the listed problems, or else the error itself as one, at its place or at `where`."""
-        return tuple(self.problems) or (Problem(self.where or where, f"{self.what}: {self.got}"),)
+        what = ": ".join(filter(None, (self.what, self.got)))
+        return tuple(self.problems) or (Problem(self.where or where, what),)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `error` object that `--json` prints."""

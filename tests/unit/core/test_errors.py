@@ -101,3 +101,4 @@ def test_an_error_is_listed_as_its_problems_or_as_itself() -> None:
     assert alone.as_problems("texts") == (Problem("texts", "no number: x"),)
     placed = SisaError("no number", where="alpha", got="x")
     assert placed.as_problems("texts") == (Problem("alpha", "no number: x"),)
+    assert SisaError("is damaged").as_problems("texts") == (Problem("texts", "is damaged"),)
