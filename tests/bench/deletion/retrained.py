@@ -28,17 +28,25 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
 from sisa.planning.orders import rotations
-from tests.bench.command import TOFU, arguments, data_name, here, markdown, read_rows, write
+from tests.bench.command import (
+    NUM_AUTHORS,
+    TOFU,
+    Clock,
+    arguments,
+    data_name,
+    here,
+    markdown,
+    people,
+    write,
+)
 from tests.bench.deletion.counted import (
     Arrangement,
     Author,
@@ -50,7 +58,7 @@ from tests.bench.deletion.counted import (
 from tests.bench.deletion.serving import deletions_until_base, simulate_until_base
 from tests.models.tiny_model import KEY
 
-AUTHORS, PER_AUTHOR, KEYS = 200, 20, 30
+KEYS = 30
 LABELLED = 20  # authors, the last ones: TOFU's forget10
 ASKED = 0.9  # the share of deletions that are theirs
 FORGET = {"forget01": 2, "forget05": 10, "forget10": 20}
@@ -93,7 +101,7 @@ def authors(records: int, bands: Bands | None) -> list[Author]:
     The labelled ones have RISKY. Where bands go by scores, each of the others has a score of its own.
     """
     spread = 0.001 if bands == BY_SCORE else 0.0
-    risks = [UNLIKELY + spread * (n % 7) for n in range(AUTHORS - LABELLED)] + [RISKY] * LABELLED
+    risks = [UNLIKELY + spread * (n % 7) for n in range(NUM_AUTHORS - LABELLED)] + [RISKY] * LABELLED
     return [Author(number, records, risk) for number, risk in enumerate(risks)]
 
 
@@ -109,7 +117,7 @@ def shares(arrangement: Arrangement, records: int, keys: int) -> Json:
         "one_labelled": _row(models, one, _weighted, _weighted(expected)),
     }
     for name, count in FORGET.items():
-        last = range(AUTHORS - count, AUTHORS)
+        last = range(NUM_AUTHORS - count, NUM_AUTHORS)
         at_once = [[model.without(last)] for model in models]
         found[name] = _row(models, at_once, fmean, expected_share(arrangement, by, last))
     training = fmean(each.record_epochs_of_all_orders / each.record_epochs for each in models)
@@ -220,53 +228,35 @@ class Timed:
     def measure(self, arrangement: Arrangement) -> Json:
         """Train everything, then delete; return seconds and record-epochs of each."""
         from sisa.train import train_model
-        from tests.bench.deletion.one_record import warm
+        from tests.bench.training.equal_shards import warm
 
-        began, at_work = time.perf_counter(), time.process_time()
+        clock = Clock()
         model, taken = train_model(self.config(arrangement), executor=warm)
-        full_s, core_s = time.perf_counter() - began, time.process_time() - at_work
-        full = taken.record_epochs_trained
+        full, full_record_epochs = clock.took(), taken.record_epochs_trained
         by: dict[str, list[str]] = {}
         for row in self.rows:
             by.setdefault(row["subject_id"], []).append(row["id"])
         subjects, found = sorted(by), []
         for numbers in REQUESTS:
             ids = [each for number in numbers for each in by[subjects[number]]]
-            began, at_work = time.perf_counter(), time.process_time()
+            clock = Clock()
             request = model.forget(ids).request
-            seconds, cores = time.perf_counter() - began, time.process_time() - at_work
+            took = clock.took()
             assert request is not None
             found.append(
                 {
                     "authors": len(numbers),
-                    "seconds": seconds,
-                    "seconds_share": seconds / full_s,
-                    "core_seconds_share": cores / core_s,
-                    "record_epochs_share": request.record_epochs_retrained / full,
+                    "seconds": took["seconds"],
+                    **{f"{unit}_share": took[unit] / full[unit] for unit in full},
+                    "record_epochs_share": request.record_epochs_retrained / full_record_epochs,
                 }
             )
         return {
             **_described(arrangement),
-            "full_seconds": full_s,
-            "full_core_seconds": core_s,
-            "full_record_epochs": full,
+            **{f"full_{unit}": value for unit, value in full.items()},
+            "full_record_epochs": full_record_epochs,
             "deletions": found,
         }
-
-
-def rows_of(tofu: Path | None) -> list[dict[str, str]]:
-    """Return all records, author after author: TOFU's, or invented ones."""
-    if tofu is None:
-        return make_people(AUTHORS, 8)
-    return [
-        {
-            "id": f"a{number // PER_AUTHOR:03}-q{number % PER_AUTHOR:02}",
-            "subject_id": f"a{number // PER_AUTHOR:03}",
-            "prompt": each["question"],
-            "completion": " " + each["answer"],
-        }
-        for number, each in enumerate(read_rows(tofu / "full.jsonl"))
-    ]
 
 
 def measure(
@@ -277,11 +267,11 @@ def measure(
     arrangements: Sequence[Arrangement] = ARRANGEMENTS,
 ) -> Json:
     """Return counts, then seconds; without `timed_records` counts only."""
-    rows = rows_of(tofu)
-    per_author = len(rows) // AUTHORS
+    rows = people(tofu)
+    per_author = len(rows) // NUM_AUTHORS
     found: Json = {
         "data": data_name(tofu),
-        "authors": AUTHORS,
+        "authors": NUM_AUTHORS,
         "records_per_author": per_author,
         "keys": keys,
         "labelled": {"authors": LABELLED, "share_of_deletions": ASKED},
@@ -300,7 +290,7 @@ def timed(folder: Path, rows: Sequence[Mapping[str, str]], records: int) -> Json
 
     os.environ["XDG_STATE_HOME"] = str(folder)  # a benchmark's models leave no witness behind
     make_tiny_base(folder / "base")
-    per_author = len(rows) // AUTHORS
+    per_author = len(rows) // NUM_AUTHORS
     chosen = [row for number, row in enumerate(rows) if number % per_author < records]
     site = Timed(folder, chosen)
     return {

@@ -14,6 +14,7 @@ from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
+from tests.bench.command import NUM_AUTHORS
 from tests.bench.deletion.counted import (
     Arrangement,
     Author,
@@ -23,7 +24,6 @@ from tests.bench.deletion.counted import (
 )
 from tests.bench.deletion.retrained import (
     ARRANGEMENTS,
-    AUTHORS,
     BY_LABEL,
     BY_SCORE,
     HALF,
@@ -88,7 +88,7 @@ def test_the_form_for_one_of_many_is_sisas(schedule: Schedule) -> None:
 @pytest.mark.parametrize("bands", [None, BY_LABEL, BY_SCORE])
 def test_the_form_is_the_mean_of_counts(bands: Bands | None) -> None:
     arrangement, everyone = Arrangement("banded", 8, 8, bands=bands), authors(3, bands)
-    by, last = {each.number: each for each in everyone}, range(AUTHORS - LABELLED, AUTHORS)
+    by, last = {each.number: each for each in everyone}, range(NUM_AUTHORS - LABELLED, NUM_AUTHORS)
     models = [CountedModel.trained(arrangement, everyone, bytes([key]) * 32) for key in range(20)]
     for sets in ([(number,) for number in last], [last[:10], last[10:]]):
         shares = [
@@ -101,7 +101,7 @@ def test_scores_leave_the_last_slice_to_the_labelled() -> None:
     arrangement = next(each for each in ARRANGEMENTS if each.bands == BY_SCORE)
     layout, everyone = arrangement.layout, authors(1, BY_SCORE)
     last = [each.number for each in everyone if 7 in layout.slices(each.risk)]
-    assert last == list(range(AUTHORS - LABELLED, AUTHORS))
+    assert last == list(range(NUM_AUTHORS - LABELLED, NUM_AUTHORS))
     assert {len(layout.slices(each.risk)) for each in everyone} == {1}
 
 

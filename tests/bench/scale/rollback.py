@@ -62,7 +62,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
-from tests.bench.command import arguments, machine, write
+from tests.bench.command import arguments, machine, markdown, write
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ports import ADAPTER, FakeTrainer, changed, fake_model, fake_recipe
 
@@ -486,6 +486,12 @@ def clean_heads(found: dict[str, Any]) -> str:
     """Return the seconds to clean heads in words."""
     seconds = found["clean_heads_seconds"]
     return f"{seconds['p50']:.2f} s p50, {seconds['p95']:.2f} s p95"
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the time to clean heads by the number of records."""
+    lines = [(f"{each['records']:,}", clean_heads(each)) for each in found["sizes"]]
+    yield from markdown(("records", "from a request to clean heads"), lines)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +24,10 @@ from typing import Any
 from sisa.core.digest import canonical_json
 from sisa.core.errors import ConfigConflict
 from sisa.store.blobs.files import read_whole, write_atomic, writer_lock
+from tests.bench.command import Clock
 from tests.bench.tofu_full.design import Data, Design, meaning
 
 Json = dict[str, Any]
-
-
-class Clock:
-    """The seconds that this process takes, of the wall's clock and of cores, from now on."""
-
-    def __init__(self) -> None:
-        self._began, self._at_work = time.perf_counter(), time.process_time()
-
-    def took(self) -> Json:
-        seconds, core_seconds = time.perf_counter() - self._began, time.process_time() - self._at_work
-        return {"seconds": seconds, "core_seconds": core_seconds}
 
 
 class Cells:

@@ -43,10 +43,11 @@ from sisa.lm.base.adapter import adapter_files, attach
 from sisa.model import Model, open_model
 from sisa.store.blobs.files import write_atomic
 from sisa.train import train_model
+from tests.bench.command import Clock
 from tests.bench.deletion.retrained import secret_of
 from tests.bench.tofu_full.base import Files, FrozenBase, read_adapter
 from tests.bench.tofu_full.budgets import AT_THE_END, uncut, within
-from tests.bench.tofu_full.cells import Cells, Clock, Json
+from tests.bench.tofu_full.cells import Cells, Json
 from tests.bench.tofu_full.design import (
     FORM,
     QUESTIONS_EACH,

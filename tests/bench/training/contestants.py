@@ -30,6 +30,7 @@ from typing import Any, Literal
 from sisa.core.domain import Chain
 from sisa.flows.chains import Site
 from sisa.lm.base.tokens import NO_LOSS, Tokens
+from tests.bench.command import Clock
 
 Who = Literal["hf", "trl", "ours"]
 RANK, ALPHA = 8, 16
@@ -170,11 +171,12 @@ def _ours(work: Ours) -> Ran:
     load_base(work.site.base)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:
         site = replace(work.site, checkpoints_at=LocalBlobs(Path(folder) / "checkpoints"))
-        began, at_work = time.perf_counter(), time.process_time()
+        clock = Clock()
         open_serial(site, {}).run(work.chains, lambda _event: None)
-        took = time.perf_counter() - began, time.process_time() - at_work
+        took = clock.took()
+        ran = Ran(took["seconds"], took["core_seconds"])
         if not work.with_loss:
-            return Ran(*took)
+            return ran
         _, store = open_stores(site)
         found = []
         for chain, tokens in zip(work.chains, work.tokens, strict=True):
@@ -183,7 +185,8 @@ def _ours(work: Ours) -> Ran:
             base, _ = load_base(site.base)
             model = attach(base, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0)
             found.append(_loss(model.eval(), tokens))
-    return Ran(*took, sum(loss for loss, _ in found), sum(labels for _, labels in found))
+    losses, labels = zip(*found, strict=True)
+    return replace(ran, loss_sum=sum(losses), labels=sum(labels))
 
 
 def _theirs(who: Who, work: Theirs) -> Ran:
@@ -264,7 +267,7 @@ def _make_trl(model: Any, tokenizer: Any, adapter: Any, rows: Any, settings: dic
 def _clock() -> Any:
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class FirstToLast(TrainerCallback):  # type: ignore[misc]
         """A clock from the first step to the last."""
 
         seconds = core_seconds = 0.0
@@ -276,7 +279,7 @@ def _clock() -> Any:
             self.seconds += time.perf_counter()
             self.core_seconds += time.process_time()
 
-    return Clock()
+    return FirstToLast()
 
 
 def _loss(model: Any, tokens: Sequence[Tokens]) -> tuple[float, int]:

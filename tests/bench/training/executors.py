@@ -12,14 +12,13 @@ add to that. The rest (Python, torch, gradients, activations, optimizer) is each
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +38,8 @@ from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
-from tests.bench.command import BASE, TOFU, arguments, data_name, write
-from tests.bench.deletion.equal_shards import Bench
-from tests.bench.deletion.one_record import warm
+from tests.bench.command import BASE, TOFU, arguments, data_name, low_to_high, markdown, write
+from tests.bench.training.equal_shards import Bench, warm
 from tests.endurance.ground import environment
 from tests.fakes.keyring import PLAIN
 from tests.models.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
@@ -146,6 +144,32 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
     return {"worker_pss_mb": total, "base_pss_mb": shared}
 
 
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what Ray costs, and another of its workers."""
+    two = found["ray_2"]
+    rest = low_to_high((each - two["base_pss_mb"][0] for each in two["worker_pss_mb"]), ".0f")
+    growth, base_mb = found["base_growth_per_extra_worker"], found["base_mb"]
+    lines = [
+        ("Ray with one worker against the serial executor", f"{found['ray_1_over_serial']:.2f}"),
+        ("two Ray workers against one", f"{found['speedup_of_two_workers']:.2f} times as fast"),
+        (
+            "two Ray workers against the serial executor, of ideal",
+            f"{found['efficiency_of_two_workers']:.2f}",
+        ),
+        ("what Ray adds to a slice", f"{found['overhead_per_slice_s'] * 1000:.0f} ms"),
+        (
+            "memory (PSS) of one more worker: the base's pages",
+            f"{growth:.1%} of the base: one copy of {base_mb} MB for all",
+        ),
+        ("the same, all else (libraries, gradients, activations of batches of 2)", f"{rest} MB"),
+        (
+            "start-up of Ray and its workers, apart from the above",
+            f"{two['start_up_seconds']:.1f} s",
+        ),
+    ]
+    yield from markdown(("what", "measured"), lines)
+
+
 def main() -> None:
     given = arguments(__doc__, out=Path("executors.json"), tofu=TOFU, base_model=BASE, epochs=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +185,7 @@ def main() -> None:
             **measure(bench),
         }
     write(given.out, found)
-    print(json.dumps(found, indent=2))
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

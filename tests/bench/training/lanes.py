@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import BaseFiles, Chain, Part, Record
+from sisa.core.domain import BaseFiles, Chain, Record
 from sisa.core.events import Event, Notice, SliceTrained
 from sisa.core.ports import StoredRecord
 from sisa.flows.chains import SerialExecutor
@@ -30,10 +30,19 @@ from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.train import trainer as lora_trainer
 from sisa.planning.plan import Recipe, jobs
-from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, read, write
-from tests.bench.deletion.equal_shards import questions
+from tests.bench.command import (
+    BASE,
+    TOFU,
+    arguments,
+    data_name,
+    markdown,
+    people,
+    read,
+    write,
+)
 from tests.endurance.ground import environment
 from tests.fakes.ports import FakeCheckpoints, FakeRecords
+from tests.models.knowing_base import record
 
 LANES, BATCHES, LAYERS = (1, 4, 8), (1, 2), ("all", "third")
 ROWS, TURNS = (64, 128, 256, 512), 20  # of the products, of which the best counts
@@ -58,14 +67,8 @@ TRAINING: dict[str, Any] = {
 
 def records_of(tofu: Path | None, shards: int, per_shard: int) -> list[list[Record]]:
     """Return the records of each shard; questions begin again where they run out."""
-    pairs = cycle(questions(tofu))
-
-    def record(name: str) -> Record:
-        prompt, completion = next(pairs)
-        parts = (Part("prompt", prompt), Part("completion", completion))
-        return Record(name, None, "completion", parts)
-
-    return [[record(f"{shard}-{number}") for number in range(per_shard)] for shard in range(shards)]
+    found = map(record, cycle(people(tofu)))
+    return [list(islice(found, per_shard)) for _ in range(shards)]
 
 
 def chains_of(

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.core.domain import Part, Precision, Record, SliceJob
+from sisa.core.domain import Precision, SliceJob
 from sisa.lm.base.adapter import first_adapted
 from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
@@ -36,10 +36,10 @@ from sisa.lm.train.lanes import finish
 from sisa.lm.train.losses import PIECE, count_labels
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
-from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, write
-from tests.bench.deletion.equal_shards import questions
+from tests.bench.command import BASE, TOFU, arguments, data_name, markdown, people, write
 from tests.bench.training.step_parts import ADAPTERS, HEAD, PRODUCTS, Shape, seconds, split
 from tests.endurance.ground import environment
+from tests.models.knowing_base import record
 
 ROUNDS, RANK, SQUARE, LONG = 5, 8, 1536, 512
 
@@ -81,10 +81,7 @@ TRAINING: dict[str, Any] = {
 
 def batch_of(tokenizer: Any, row: Row, tofu: Path | None) -> list[Tokens]:
     """Return records of about the median length, or of the row's length, cut from records end to end."""
-    records = [
-        Record(f"r{number}", None, "completion", (Part("prompt", ask), Part("completion", answer)))
-        for number, (ask, answer) in enumerate(questions(tofu)[:64])
-    ]
+    records = map(record, people(tofu)[:64])
     found = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
     if row.tokens:
         ids = cycle(chain.from_iterable(each.input_ids for each in found))

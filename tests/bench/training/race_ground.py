@@ -16,9 +16,8 @@ from pathlib import Path
 
 from sisa.config.config import RunConfig
 from sisa.core.digest import sha256_hex
-from sisa.core.domain import BaseFiles, Chain, Part, Record, SliceFile
+from sisa.core.domain import BaseFiles, Chain, Record, SliceFile
 from sisa.core.ports import StoredRecord
-from sisa.data.samples import make_people
 from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.tokens import Tokens, tokenize_all
@@ -26,7 +25,7 @@ from sisa.lm.base.weights import load_tokenizer, resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.records import FileRecords
-from tests.bench.command import read_rows
+from tests.bench.command import people
 from tests.bench.training.contestants import (
     ALPHA,
     MODULES,
@@ -39,6 +38,7 @@ from tests.bench.training.contestants import (
     Who,
 )
 from tests.fakes.keyring import PLAIN
+from tests.models.knowing_base import record
 
 Key = tuple[Who, int, int]  # a contestant, its threads, and which of several
 
@@ -177,21 +177,9 @@ def _written(store: FileRecords, shard: int, slice_: int, records: Sequence[Reco
     return store.write(shard, slice_, root, stored)
 
 
-def prompts_and_completions(tofu: Path | None) -> list[tuple[str, str]]:
-    """Return prompts and completions, which begin with a space."""
-    if tofu is None:
-        return [(each["prompt"], each["completion"]) for each in make_people(200, 8)]
-    rows = read_rows(tofu / "full.jsonl")
-    return [(each["question"], " " + each["answer"]) for each in rows]
-
-
 def load_data(tofu: Path | None, base: str, num_records: int) -> Data:
     """Return the first records of TOFU, or invented ones, as tokens of the base."""
-    found, pairs = resolve_base(base), prompts_and_completions(tofu)
-    records = tuple(
-        Record(f"r{n:04}", None, "completion", (Part("prompt", asked), Part("completion", answer)))
-        for n, (asked, answer) in enumerate(pairs[:num_records])
-    )
+    found, records = resolve_base(base), tuple(map(record, people(tofu)[:num_records]))
     tokens = tokenize_all(
         records,
         load_tokenizer(found.directory),

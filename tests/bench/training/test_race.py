@@ -12,6 +12,7 @@ import pytest
 from sisa.core.domain import BaseFiles, Part, Record
 from sisa.lm.base.tokens import Tokens
 from sisa.store.records import FileRecords
+from tests.bench.command import people
 from tests.bench.training.contestants import Ours, Race, Theirs
 from tests.bench.training.race import draw, over, ratios, summary
 from tests.bench.training.race_ground import (
@@ -21,7 +22,6 @@ from tests.bench.training.race_ground import (
     Data,
     Ground,
     Layout,
-    prompts_and_completions,
     run_file,
 )
 from tests.fakes.keyring import PLAIN
@@ -71,7 +71,7 @@ def test_theirs_get_all_tokens(tmp_path: Path) -> None:
 
 
 def test_completions_of_invented_people_begin_with_one_space() -> None:
-    completions = [completion for _, completion in prompts_and_completions(None)]
+    completions = [each["completion"] for each in people(None)]
     assert all(each == f" {each.strip()}" for each in completions)
 
 

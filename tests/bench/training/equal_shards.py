@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sisa.config.config import RunConfig, SisaBlock
 from sisa.config.sources import DatasetSource
 from sisa.core.digest import Keyed
-from sisa.core.domain import Part, Record
-from sisa.data.samples import make_people
+from sisa.core.domain import Record
+from sisa.core.ports import Executor
+from sisa.flows.chains import Site
+from sisa.flows.wiring.executors import open_serial
 from sisa.planning.layout import Assigner, Layout
-from tests.bench.command import read_rows
+from tests.bench.command import people
+from tests.models.knowing_base import record as record_of
 
 KEY = bytes(range(32))
-PEOPLE = 200
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Bench:
         key.write_text(KEY.hex())
         data = self.folder / f"{name}.jsonl"
         records = self.records()
-        data.write_text("".join(json.dumps(row(record)) + "\n" for record in records))
+        data.write_text("".join(json.dumps(row_of(record)) + "\n" for record in records))
         return RunConfig(
             base_model=self.base_model,
             datasets=(DatasetSource(path=str(data)),),
@@ -57,13 +61,12 @@ class Bench:
         assigner = Assigner(Keyed(KEY), Layout(self.shards, self.slices))
         room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
         chosen: list[Record] = []
-        pairs = questions(self.tofu)
+        rows = people(self.tofu)
         number = 0
         while len(chosen) < self.per_cell * self.shards * self.slices:
-            prompt, completion = pairs[len(chosen) % len(pairs)]
             number += 1
-            body = (Part("prompt", prompt), Part("completion", completion))
-            record = Record(f"r{number:06d}", None, "completion", body)
+            row = rows[len(chosen) % len(rows)]
+            record = replace(record_of(row), id=f"r{number:06d}", subject_id=None)
             place = assigner.place(record)
             if room[place]:
                 room[place] -= 1
@@ -71,14 +74,14 @@ class Bench:
         return chosen
 
 
-def row(record: Record) -> dict[str, str]:
+def row_of(record: Record) -> dict[str, str]:
     """Return a record as a row of JSON."""
     return {"id": record.id, **{part.role: part.text for part in record.parts}}
 
 
-def questions(tofu: Path | None) -> list[tuple[str, str]]:
-    """Return the prompts and completions of TOFU, or of invented people."""
-    if tofu is None:
-        return [(each["prompt"], each["completion"]) for each in make_people(PEOPLE, 5)]
-    rows = read_rows(tofu / "full.jsonl")[:400]
-    return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in rows]
+def warm(site: Site, options: Mapping[str, Any]) -> Executor:
+    """Return the serial executor with its base loaded, so that only training is timed."""
+    from sisa.lm.base.weights import load_base
+
+    load_base(site.base)
+    return open_serial(site, options)
