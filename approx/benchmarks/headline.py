@@ -26,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from approx.metrics.auc import Auc
-from approx.metrics.estimate import Combine, Estimate, Groups, change, estimate, mean_of_means
+from approx.metrics.estimate import Combine, Estimate, Groups, change, estimate
 
 if TYPE_CHECKING:
     from approx.attacks.attack_run import AttackRow
@@ -83,7 +85,7 @@ def finding(
     groups: Groups,
     reference: Groups | None,
     wrong: Wrong,
-    combine: Combine = mean_of_means,
+    combine: Combine = np.mean,
 ) -> Finding | None:
     """Return the finding of scores beside a reference's, or None without a question."""
     if not groups or not all(group and group[0] for group in groups):

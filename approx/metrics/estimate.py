@@ -28,7 +28,7 @@ import numpy as np
 NUM_DRAWS = 1000
 INTERVAL = (2.5, 97.5)  # per cent
 Groups = Sequence[Sequence[Sequence[float]]]  # of each group of questions, its measures' scores
-Combine = Callable[[Any], Any]
+Combine = Callable[[Any], Any]  # of an array of means, to a number
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,7 @@ class Estimate:
     num: int
 
 
-def mean_of_means(means: Any) -> Any:
-    """Return the mean along the first axis."""
-    return np.mean(means, axis=0)
-
-
-def harmonic_mean_of_means(means: Any) -> Any:
-    """Return the harmonic mean along the first axis, 0 where a mean is not above 0."""
-    with np.errstate(divide="ignore"):
-        return np.where((means > 0).all(axis=0), len(means) / (1 / means).sum(axis=0), 0.0)
-
-
-def estimate(groups: Groups, combine: Combine = mean_of_means) -> Estimate:
+def estimate(groups: Groups, combine: Combine = np.mean) -> Estimate:
     """Return the combined mean of scores.
 
     Raise ValueError for a group without questions, scores of unequal number, and scores not finite.
@@ -60,7 +49,7 @@ def estimate(groups: Groups, combine: Combine = mean_of_means) -> Estimate:
     return _estimate([groups], combine)
 
 
-def change(groups: Groups, reference: Groups, combine: Combine = mean_of_means) -> Estimate:
+def change(groups: Groups, reference: Groups, combine: Combine = np.mean) -> Estimate:
     """Return the combined mean of scores minus that of a reference's scores of the same questions.
 
     Raise as `estimate`, and ValueError for groups of another shape.
@@ -75,17 +64,16 @@ def _estimate(models: Sequence[Groups], combine: Combine) -> Estimate:
         raise ValueError("scores of different questions, or of none")
     if not all(np.isfinite(each).all() for groups in held for each in groups):
         raise ValueError("scores that are not finite")
-    rng = np.random.default_rng(0)
-    drawn = []
-    for group in held[0]:
-        num = group.shape[1]
-        drawn.append(rng.multinomial(num, np.full(num, 1 / num), size=NUM_DRAWS).T / num)
-    values = [combine(np.concatenate([group.mean(axis=1) for group in groups])) for groups in held]
-    samples = [
-        combine(np.concatenate([group @ shares for group, shares in zip(groups, drawn, strict=True)]))
-        for groups in held
-    ]
-    value = float(values[0] - values[1] if len(held) == 2 else values[0])
-    spread = samples[0] - samples[1] if len(held) == 2 else samples[0]
-    low, high = (float(each) for each in np.percentile(spread, INTERVAL))
-    return Estimate(value, low, high, sum(group.shape[1] for group in held[0]))
+
+    def combined(chosen: Sequence[Any]) -> float:
+        """Return the first model's value over chosen questions of each group, less the second's."""
+        means = (
+            [group[:, at].mean(axis=1) for group, at in zip(of, chosen, strict=True)] for of in held
+        )
+        first, *others = (float(combine(np.concatenate(each))) for each in means)
+        return first - sum(others)
+
+    rng, sizes = np.random.default_rng(0), [group.shape[1] for group in held[0]]
+    drawn = [combined([rng.integers(size, size=size) for size in sizes]) for _ in range(NUM_DRAWS)]
+    low, high = (float(each) for each in np.percentile(drawn, INTERVAL))
+    return Estimate(combined([slice(None)] * len(sizes)), low, high, sum(sizes))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from approx.benchmarks.tofu import evaluation_sets
-from approx.benchmarks.tofu_aggregates import Aggregates, aggregates, quality
+from approx.benchmarks.tofu_measures import Aggregates, aggregates, quality
 from approx.evaluation.question_log import LogRow, read_log
 from approx.metrics.word_overlap import rougeL_recall
 from tests.fakes.benchmarks import write_published

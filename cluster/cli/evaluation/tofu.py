@@ -26,7 +26,7 @@ from cluster.render.result import Result
 
 if TYPE_CHECKING:
     from approx.benchmarks.headline import Headline
-    from approx.benchmarks.tofu_aggregates import Aggregates
+    from approx.benchmarks.tofu_measures import Aggregates
     from approx.evaluation.asking import FinishedLog
     from approx.evaluation.questions import Question
     from approx.metrics.forget_quality import ForgetQuality
@@ -53,8 +53,7 @@ def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[Evalu
     if len(options["references"]) > 2:
         raise click.UsageError("give at most two references")
     from approx.benchmarks.tofu import evaluation_sets, reworded_questions
-    from approx.benchmarks.tofu_aggregates import aggregates
-    from approx.benchmarks.tofu_headline import tofu_headline
+    from approx.benchmarks.tofu_measures import aggregates, tofu_headline
     from approx.evaluation.questions import HOLDOUT, check_apart, read_question_file
 
     def questions() -> list[Question]:

@@ -28,15 +28,15 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from approx.metrics.estimate import change, estimate
 from sisa.core.digest import digest_of, file_sha256
 from sisa.lm.routing.route import Route
 from sisa.store.blobs.files import write_atomic
 from tests.bench.command import arguments, here, markdown, read_rows, write
-from tests.bench.tofu_full.table import mean_of
 
 SEED = 0
 BATCH_SIZES = {"multiple_choice": 4, "generate_until": 16}  # the former keep all logits
@@ -310,12 +310,12 @@ def summary(model: str, task: str, cell: Json, first: Json | None) -> Json:
         "seconds": cell["seconds"],
     }
     if "probability" in cell:
-        row["probability"] = mean_of(cell["probability"], SEED)
+        row["probability"] = asdict(estimate([[cell["probability"]]]))
     if "by_base_alone" in cell:
         row["by_base_alone"] = sum(cell["by_base_alone"]) / num
     if first is not None:
         row["beside_first"] = {
-            name: mean_of([mine - its for mine, its in zip(cell[name], first[name], strict=True)], SEED)
+            name: asdict(change([[cell[name]]], [[first[name]]]))
             for name in ("acc", "probability")
             if name in cell
         }

@@ -19,14 +19,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from approx.benchmarks.tofu import ForgetSplit
-from approx.benchmarks.tofu_aggregates import aggregates, utility_scores
+from approx.benchmarks.tofu_measures import aggregates, forget_rows, forget_scores, utility_scores
 from approx.evaluation.question_log import LogRow, parse_row
 from approx.methods.registry import METHODS
+from approx.metrics.estimate import estimate
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
-from approx.metrics.probability import probability
 from sisa.core.digest import canonical_json, digest_of
 from tests.bench.command import markdown
 from tests.bench.tofu_full.design import (
@@ -43,7 +41,6 @@ from tests.bench.tofu_full.design import (
 if TYPE_CHECKING:
     from tests.bench.tofu_full.cells import Cells
 
-RESAMPLES = 1000
 ATTACKS = {
     "as_it_is": "as it is",
     "leak_at_k": "best of k samples",
@@ -151,9 +148,9 @@ def _row(
         "batch": made.get("batch"),
         **_seconds(made),
         "share_of_training": made["share_of_training"],
-        **_measured(rows, references, cells.design.seed),
+        **_measured(rows, references),
         "attacked": attacked and {
-            name: mean_of(values, cells.design.seed) for name, values in attacked["per_question"].items()
+            name: mean_of(values) for name, values in attacked["per_question"].items()
         },
     }  # fmt: skip
 
@@ -164,59 +161,38 @@ def _seconds(made: Json) -> Json:
     return {name: made.get(name) if whole else None for name in ("seconds", "core_seconds")}
 
 
-def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRow]], seed: int) -> Json:
+def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRow]]) -> Json:
     """Return the measures of a log, or None for each before the questions were asked."""
     if not rows:
         names = ("num_questions", "forget_quality", "model_utility", "nine", "forget", "membership")
         return dict.fromkeys(names)
     found = aggregates(rows, references)
-    forget = [row for row in rows if row.set == "forget"]
-    terms: dict[str, list[float]] = {}
-    for name in UTILITY_SETS:
-        terms |= utility_scores(name, [row for row in rows if row.set == name], found.truth_ratio)
+    terms = {
+        name: utility_scores(name, [row for row in rows if row.set == name], found.truth_ratio)
+        for name in UTILITY_SETS
+    }
+    utility = estimate([list(each.values()) for each in terms.values()], harmonic_mean)
     auc = (found.attacks_against_reference or {}).get("loss")
     return {
         "num_questions": found.num_questions,
         "forget_quality": found.forget_quality and asdict(found.forget_quality),
-        "model_utility": {"value": found.model_utility, **utility_interval(terms, seed)},
-        "nine": {name: mean_of(values, seed) for name, values in terms.items()},
+        "model_utility": {"value": found.model_utility, "low": utility.low, "high": utility.high},
+        "nine": {name: mean_of(values) for each in terms.values() for name, values in each.items()},
         "forget": {
-            "probability": mean_of([probability(row.avg_gt_loss) for row in forget], seed),
-            "rouge": mean_of([row.rougeL_recall or 0.0 for row in forget], seed),
-            "extraction_strength": mean_of([row.extraction_strength or 0.0 for row in forget], seed),
+            **{name: mean_of(values) for name, values in forget_scores(forget_rows(rows)).items()},
             "extraction_floor": found.forget.extraction_floor,
-            "exact_memorisation": mean_of([row.exact_memorisation or 0.0 for row in forget], seed),
         },
         "membership": auc and asdict(auc),
     }
 
 
-def utility_interval(terms: Mapping[str, Sequence[float]], seed: int) -> Json:
-    """Return the bootstrap interval of the harmonic mean of nine means."""
-    draws = np.random.default_rng(seed)
-    drawn = []
-    values = {name: np.array(each) for name, each in terms.items()}
-    for _ in range(RESAMPLES):
-        means: list[float] = []
-        for name in UTILITY_SETS:
-            of = [values[each] for each in NINE if each.endswith(f" {name}")]
-            rows = draws.integers(len(of[0]), size=len(of[0]))
-            means += [float(each[rows].mean()) for each in of]
-        drawn.append(harmonic_mean(means))
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return {"low": float(low), "high": float(high)}
-
-
-def mean_of(values: Sequence[float], seed: int) -> Json:
+def mean_of(values: Sequence[float]) -> Json:
     """Return a mean with its bootstrap interval and the number of questions.
 
-    >>> mean_of([0.5, 0.5], 0)
+    >>> mean_of([0.5, 0.5])
     {'value': 0.5, 'low': 0.5, 'high': 0.5, 'num': 2}
     """
-    held = np.array(values)
-    draws = np.random.default_rng(seed).integers(len(held), size=(RESAMPLES, len(held)))
-    low, high = np.percentile(held[draws].mean(axis=1), (2.5, 97.5))
-    return {"value": float(held.mean()), "low": float(low), "high": float(high), "num": len(held)}
+    return asdict(estimate([[values]]))
 
 
 def _floor(references: Sequence[Sequence[LogRow]]) -> Json:

@@ -13,8 +13,9 @@ from scipy.stats import bootstrap, entropy, hmean
 
 from approx.metrics.choice import chosen
 from approx.metrics.depth import MIN_GAP, depth_score
-from approx.metrics.estimate import change, estimate, harmonic_mean_of_means
+from approx.metrics.estimate import change, estimate
 from approx.metrics.fluency import ngram_entropy
+from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.word_overlap import exact_match, word_f1
 
 SCORES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20)
@@ -46,9 +47,9 @@ def test_a_shift_of_all_scores_is_the_change(scores: list[float], shift: float) 
 def test_groups_are_combined_by_their_means_and_bad_scores_are_refused() -> None:
     groups = [[[0.5, 1.0], [0.25, 0.25]], [[1.0, 0.0, 1.0]]]
     assert estimate(groups).value == pytest.approx((0.75 + 0.25 + 2 / 3) / 3)
-    found = estimate(groups, harmonic_mean_of_means)
+    found = estimate(groups, harmonic_mean)
     assert found.value == pytest.approx(float(hmean([0.75, 0.25, 2 / 3])))
-    assert estimate([[[0.0]], [[1.0]]], harmonic_mean_of_means).value == 0
+    assert estimate([[[0.0]], [[1.0]]], harmonic_mean).value == 0
     empty: list[float] = []
     for bad in ([[empty]], [[[float("nan")]]], [[[1.0], [1.0, 2.0]]]):
         with pytest.raises(ValueError):

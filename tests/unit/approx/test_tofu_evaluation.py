@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from approx.attacks.attack_run import AttackRow
 from approx.benchmarks.headline import Headline, attack_findings
 from approx.benchmarks.tofu import evaluation_sets, reworded_questions
-from approx.benchmarks.tofu_aggregates import aggregates, quality
-from approx.benchmarks.tofu_headline import tofu_headline
+from approx.benchmarks.tofu_measures import aggregates, quality, tofu_headline
 from approx.evaluation.asking import Asking, evaluate, header_of
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import HOLDOUT, PromptForm, Question, read_question_file

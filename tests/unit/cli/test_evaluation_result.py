@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from approx.benchmarks.headline import finding, headline
-from approx.benchmarks.tofu_aggregates import Aggregates, ForgetSet
+from approx.benchmarks.tofu_measures import Aggregates, ForgetSet
 from approx.evaluation.asking import FinishedLog
 from approx.evaluation.question_log import LogRow
 from approx.metrics.auc import Auc
