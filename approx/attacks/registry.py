@@ -10,14 +10,12 @@ from collections.abc import Mapping
 
 from approx.attacks.attack import Attack
 from approx.attacks.depth import Depth
-from approx.attacks.jailbreak import Jailbreak
 from approx.attacks.linear_probe import LinearProbe
 from approx.attacks.membership import Membership
-from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.prefix_injection import PrefixInjection
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
-from approx.attacks.rewording import Rewording
+from approx.attacks.rewording import Jailbreak, OtherQuestions, Rewording
 from approx.attacks.sampling import LeakAtK
 
 _ALL: tuple[Attack, ...] = (

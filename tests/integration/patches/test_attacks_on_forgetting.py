@@ -19,15 +19,13 @@ import torch
 
 from approx.attacks.attack import Attack, AttackSets, Curve, probabilities
 from approx.attacks.depth import Depth, patched_gaps
-from approx.attacks.jailbreak import WRAPPINGS, Jailbreak
 from approx.attacks.linear_probe import LinearProbe, held_out_scores, ridge
 from approx.attacks.membership import Membership
-from approx.attacks.other_questions import OtherQuestions
 from approx.attacks.prefix_injection import PREFIXES, PrefixInjection
 from approx.attacks.quantisation import Quantisation
 from approx.attacks.registry import ATTACKS
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
-from approx.attacks.rewording import Rewording
+from approx.attacks.rewording import WRAPPINGS, Jailbreak, OtherQuestions, Rewording
 from approx.attacks.sampling import LeakAtK
 from approx.metrics.auc import auc
 from approx.unlearning.hidden_states import hidden_at
