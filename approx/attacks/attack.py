@@ -84,8 +84,8 @@ class Curve:
 
     @property
     def means(self) -> dict[str, float]:
-        """Return the mean at each strength."""
-        return {str(strength): fmean(each) for strength, each in self.values.items()}
+        """Return the mean at each strength that has a value."""
+        return {str(strength): fmean(each) for strength, each in self.values.items() if each}
 
     @property
     def mean(self) -> float:

@@ -158,7 +158,7 @@ def _attack_words(model: AttackedModel) -> Iterator[str]:
         back = "" if half is None else f"; half is back after {half:.1f} steps"
         if half is None and model.known_before is not None and name.startswith("relearning"):
             back = f"; half is not back within {list(each.values)[-1]} steps"
-        yield f"  {name:<24} {each.measure}: {points or 'no text has a question'}{back}"
+        yield f"  {name:<24} {each.measure}: {points or 'no text has a value'}{back}"
     membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")
     if membership and membership.aucs:
         yield f"  {'membership':<24} {auc_words(membership.aucs)}"

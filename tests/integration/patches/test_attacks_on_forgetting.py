@@ -204,6 +204,8 @@ def test_the_depth_score_is_0_of_the_model_itself_and_1_of_one_that_never_saw(
         for mine, theirs in zip(half.parameters(), plain.parameters(), strict=True):
             mine.lerp_(theirs, 0.5)
     assert 0 < fmean(attack(half, sets, seed=0).values["all"]) < 1
+    nothing_to_erase = Depth(model, model)(plain, sets, seed=0)
+    assert (nothing_to_erase.values, nothing_to_erase.means) == ({"all": []}, {})
     with pytest.raises(InvalidInput, match="lacks a model"):
         Depth(model)(model, sets, seed=0)
 
