@@ -16,15 +16,7 @@ from typing import Any, ClassVar
 from approx.attacks.attack import Attack, AttackSets, SetName
 from approx.evaluation.answers import asks_by_prompt, gradient_squares, score_examples
 from approx.metrics.auc import Auc, auc
-from approx.metrics.membership import (
-    gradient_norm_score,
-    lira_scores,
-    loss_score,
-    min_k_plus_plus_score,
-    min_k_score,
-    reference_score,
-    zlib_score,
-)
+from approx.metrics.membership import calibrated_scores, gradient_norm_score, min_k_score, text_scores
 from approx.metrics.privleak import MIN_K, PrivLeak, privleak_or_none
 from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
 
@@ -51,27 +43,15 @@ def membership_scores(
 ) -> dict[str, list[float]]:
     """Return the scores of examples by name; the attacks that need references, with references only."""
     found = score_examples(model, examples)
-    scores = {
-        "loss": [loss_score(each.logprobs) for each in found],
-        "zlib": [
-            zlib_score(each.logprobs, _answer(example, tokenizer))
-            for each, example in zip(found, examples, strict=True)
-        ],
-        "min_k": [min_k_score(each.logprobs) for each in found],
-        "min_k_plus_plus": [
-            min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in found
-        ],
-    }
+    rows = [
+        text_scores(each.logprobs, each.means, each.variances, _answer(example, tokenizer))
+        for each, example in zip(found, examples, strict=True)
+    ]
+    scores = {name: [row[name] for row in rows] for name in rows[0]}
     if not asks_by_prompt(model):
         scores["gradient_norm"] = list(map(gradient_norm_score, gradient_squares(model, examples)))
-    judges = [score_examples(each, examples) for each in references]
-    if judges:
-        pairs = zip(found, judges[0], strict=True)
-        scores["reference"] = [reference_score(here.logprobs, there.logprobs) for here, there in pairs]
-    if len(judges) > 1:
-        losses = [[each.loss for each in judge] for judge in judges]
-        scores["lira"] = lira_scores([each.loss for each in found], losses)
-    return scores
+    judges = [[each.loss for each in score_examples(judge, examples)] for judge in references]
+    return scores | calibrated_scores([each.loss for each in found], judges)
 
 
 def privleak_against(retrained: Any, model: Any, sets: AttackSets, seed: int) -> PrivLeak | None:

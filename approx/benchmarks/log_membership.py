@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from approx.evaluation.question_log import LogRow
 from approx.metrics.auc import Auc, auc
-from approx.metrics.membership import lira_scores
+from approx.metrics.membership import calibrated_scores
 from approx.metrics.privleak import PrivLeak, privleak_or_none
 
 ATTACK_SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus")
@@ -38,13 +38,8 @@ def _calibrated(
     asked = [row for side in sides for row in side]
     losses = [[-each for each in _scores(asked, log, "loss")] for log in (asked, *references)]
     own, *others = [each for each in losses if each]
-    if not others:
-        return {}
-    scores = {"reference": [there - here for here, there in zip(own, others[0], strict=True)]}
-    if len(others) > 1:
-        scores["lira"] = lira_scores(own, others)
     num = len(sides[0])
-    return {name: [each[:num], each[num:]] for name, each in scores.items()}
+    return {name: [each[:num], each[num:]] for name, each in calibrated_scores(own, others).items()}
 
 
 def privleak_of(

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import How, PromptForm, PromptKind, Question, questions_digest
-from approx.metrics.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
+from approx.metrics.membership import min_k_score, text_scores
 from approx.metrics.memorisation import exact_memorisation, extraction_strength
 from approx.metrics.privleak import MIN_K
 from approx.metrics.word_overlap import rougeL_recall
@@ -217,11 +217,8 @@ def _row(question: Question, scores: Iterator[AnswerScore], generated: str | Non
         generation=generated,
         extraction_strength=extraction_strength(bare.correct),
         exact_memorisation=exact_memorisation(bare.correct),
-        loss=loss_score(bare.logprobs),
-        zlib=zlib_score(bare.logprobs, question.answer),
-        min_k=min_k_score(bare.logprobs),
+        **text_scores(bare.logprobs, bare.means, bare.variances, question.answer),
         min_40=min_k_score(bare.logprobs, MIN_K),
-        min_k_plus_plus=min_k_plus_plus_score(bare.logprobs, bare.means, bare.variances),
         logprob=sum(bare.logprobs),
         others_logprob=tuple(sum(each.without_closing().logprobs) for each in others),
         accepted=how.accepted,

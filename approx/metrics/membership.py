@@ -41,8 +41,8 @@ language and the subject equally well, and have the same tokenizer; a reference 
 text hides it. Source: Watson et al. (2022, arXiv 2111.08440); Carlini et al. (2021, arXiv 2012.07805),
 section 5.2.
 
->>> reference_score([-1.0, -3.0], [-2.0, -4.0])
-1.0
+>>> calibrated_scores([2.0], [[3.0]])
+{'reference': [1.0]}
 
 **Gradient norm**, of the loss with respect to the trained parameters: small where training has
 converged. Formula: score = -sqrt(sum over parameters of ||d loss / d theta||^2), loss the mean over the
@@ -124,9 +124,16 @@ def min_k_plus_plus_score(
     return min_k_score(standardised.tolist(), k)
 
 
-def reference_score(token_logprobs: Sequence[float], reference_logprobs: Sequence[float]) -> float:
-    """Return nats per token above the reference. Raise ValueError for no tokens."""
-    return loss_score(token_logprobs) - loss_score(reference_logprobs)
+def text_scores(
+    token_logprobs: Sequence[float], means: Sequence[float], variances: Sequence[float], text: str
+) -> dict[str, float]:
+    """Return all scores that need one forward of the model alone, by name."""
+    return {
+        "loss": loss_score(token_logprobs),
+        "zlib": zlib_score(token_logprobs, text),
+        "min_k": min_k_score(token_logprobs),
+        "min_k_plus_plus": min_k_plus_plus_score(token_logprobs, means, variances),
+    }
 
 
 def gradient_norm_score(squares: Sequence[float]) -> float:
@@ -139,6 +146,16 @@ def gradient_norm_score(squares: Sequence[float]) -> float:
 OWN_VARIANCE = 64  # references; with fewer, one variance is more stable (the paper's section VI)
 MIN_DEVIATION = 1e-6
 MIN_LOSS = 1e-12
+
+
+def calibrated_scores(
+    losses: Sequence[float], references: Sequence[Sequence[float]]
+) -> dict[str, list[float]]:
+    """Return what references' losses of the same texts add: `reference`, and from two on `lira`."""
+    if not references:
+        return {}
+    found = {"reference": [there - here for here, there in zip(losses, references[0], strict=True)]}
+    return found | ({"lira": lira_scores(losses, references)} if len(references) > 1 else {})
 
 
 def lira_scores(losses: Sequence[float], references: Sequence[Sequence[float]]) -> list[float]:

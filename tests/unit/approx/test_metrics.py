@@ -24,12 +24,12 @@ from approx.metrics.forget_quality import forget_quality
 from approx.metrics.membership import (
     MIN_VARIANCE,
     OWN_VARIANCE,
+    calibrated_scores,
     gradient_norm_score,
     lira_scores,
     loss_score,
     min_k_plus_plus_score,
     min_k_score,
-    reference_score,
     zlib_score,
 )
 from approx.metrics.memorisation import exact_memorisation, extraction_strength, floor
@@ -205,8 +205,9 @@ def test_impossible_arguments_of_attacks() -> None:
 
 
 def test_the_reference_calibrates_by_its_own_loss() -> None:
-    assert reference_score([-1.0, -3.0], [-5.0, -3.0]) == 2
-    assert reference_score([-1.0, -3.0], [-3.0, -1.0]) == 0
+    assert calibrated_scores([2.0, 2.0], [[4.0, 2.0]]) == {"reference": [2.0, 0.0]}
+    assert calibrated_scores([2.0], []) == {}
+    assert calibrated_scores([2.0], [[4.0], [2.0]]).keys() == {"reference", "lira"}
 
 
 def test_lira_by_hand() -> None:
