@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from approx.patches.patching import PatchMaker
+from approx.patches.patch_maker import PatchMaker
 from cluster.ray.executor import carrier, leased, lent_keys, manifest_of
 from cluster.ray.proofs import NodeTerms
 from cluster.ray.session import connect

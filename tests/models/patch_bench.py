@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from approx.patches.patch_maker import PatchMaker
 from approx.patches.patch_settings import Adapter, settings_of
-from approx.patches.patching import PatchMaker
 from sisa.core.digest import digest_of
 from sisa.core.domain import BaseFiles, Record
 from sisa.core.events import Event

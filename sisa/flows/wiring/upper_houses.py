@@ -24,7 +24,7 @@ COMMAND = "cluster.cli.cli:main"
 PROBE = "approx.evaluation.probe:open_probe"
 EXECUTORS = MappingProxyType({"ray": "cluster.ray.executor:open_executor"})
 PATCHERS = MappingProxyType(
-    {"serial": "approx.patches.patching:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
+    {"serial": "approx.patches.patch_maker:open_patcher", "ray": "cluster.ray.patch_tasks:RayPatcher"}
 )
 BASE_TRAINERS = MappingProxyType(
     dict.fromkeys(("auto", "ray"), "cluster.ray.scratch_tasks:train_on_ray")

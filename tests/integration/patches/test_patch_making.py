@@ -430,7 +430,7 @@ def test_a_tokenizer_that_does_not_match_its_base_is_refused(
         return tokenizer
 
     bench.maker.check(settings("npo"), FORGET, None)
-    monkeypatch.setattr("approx.patches.patching.load_tokenizer", larger)
+    monkeypatch.setattr("approx.patches.patch_maker.load_tokenizer", larger)
     with pytest.raises(InvalidInput) as caught:
         bench.maker.check(settings("npo"), FORGET, None)
     assert [each.where for each in caught.value.problems] == ["tokenizer"]
