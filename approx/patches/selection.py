@@ -24,11 +24,11 @@ single weights; a patch has no single weights of the base, so whole modules are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,8 +41,7 @@ from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base import adapter
 from sisa.lm.base.tokens import Tokens
 
-SelectionKind = Literal["all", "fisher", "traced", "heads"]
-MAX_SCORED = 16
+ALL, MAX_SCORED = "all", 16
 QUERIES, RESULTS = "q_proj", "o_proj"  # of the heads of a layer, by the name of their module
 
 
@@ -50,7 +49,7 @@ QUERIES, RESULTS = "q_proj", "o_proj"  # of the heads of a layer, by the name of
 class SelectionSettings:
     """The kind of selection, and the share of modules or layers that is selected."""
 
-    selection: SelectionKind = "all"
+    selection: str = ALL
     selected_share: float = 0.25
 
     def __post_init__(self) -> None:
@@ -59,7 +58,7 @@ class SelectionSettings:
         wrong = Problem("selected_share", f"{share!r}, expected a number above 0, to 1")
         check_values(
             "the selection",
-            one_of(get_args(SelectionKind), selection=self.selection),
+            one_of((ALL, *SELECTIONS), selection=self.selection),
             () if number else (wrong,),
         )
 
@@ -104,52 +103,76 @@ def select(
 ) -> Selected:
     """Return what a patch on the modules `wanted` may change.
 
-    Raise InvalidInput if the selected layers have none of them.
+    Raise InvalidInput if none of them is selected.
     """
-    share = settings.selected_share
-    if settings.selection == "all":
+    if settings.selection == ALL:
         return Selected(wanted, everything=True)
     names = adapted_modules(base, wanted)
-    if settings.selection == "fisher":
-        forgotten, kept = (fisher_traces(base, names, each) for each in (forget, retain))
-        scores = [one / other if other else math.inf for one, other in zip(forgotten, kept, strict=True)]
-        return Selected([names[at] for at in _largest(scores, share)])
-    holder, effects = adapter.layers_of(base)[0], trace_layers(base, forget, retain)
-    layers = [f"{holder}.{layer}." for layer in _largest(effects, share)]
-    selected, heads = [each for each in names if each.startswith(tuple(layers))], {}
-    if settings.selection == "heads":
-        heads = _heads_of(base, layers, forget, retain, share)
-        selected = [each for each in selected if each in heads]
-    if not selected:
+    offered = Offered(base, names, forget, retain, settings.selected_share)
+    found = SELECTIONS[settings.selection](offered)
+    if not found.modules:
         raise InvalidInput(
-            "no module in the selected layers is to be adapted",
+            "no module that is selected is to be adapted",
             where="selection",
-            expected="lora_target_modules that the layers have"
-            + (f", {QUERIES} or {RESULTS} among them" if settings.selection == "heads" else ""),
+            expected=f"lora_target_modules that the layers have; for heads {QUERIES} or {RESULTS}",
             next_step="correct lora_target_modules, or use selection=all",
         )
-    return Selected(selected, {name: heads[name] for name in selected if name in heads})
+    return found
 
 
-def _heads_of(
-    base: Any, layers: Sequence[str], forget: Sequence[Tokens], retain: Sequence[Tokens], share: float
-) -> dict[str, list[int]]:
-    """Return the selected heads of some layers, by the names of both modules that they have part in."""
+class Offered(NamedTuple):
+    """What is selected from: modules of a frozen base by their full names, both sets, and the share."""
+
+    base: Any
+    names: Sequence[str]
+    forget: Sequence[Tokens]
+    retain: Sequence[Tokens]
+    share: float
+
+    def layers(self) -> tuple[str, ...]:
+        """Return the layers that the forget answers pass through, as beginnings of modules' names."""
+        effects = trace_layers(self.base, self.forget, self.retain)
+        holder = adapter.layers_of(self.base)[0]
+        return tuple(f"{holder}.{layer}." for layer in _largest(effects, self.share))
+
+
+def by_fisher(of: Offered) -> Selected:
+    """Return the modules that matter most to the forget set and least to the retain set."""
+    forgotten, kept = (fisher_traces(of.base, of.names, each) for each in (of.forget, of.retain))
+    scores = [one / other if other else math.inf for one, other in zip(forgotten, kept, strict=True)]
+    return Selected([of.names[at] for at in _largest(scores, of.share)])
+
+
+def in_traced_layers(of: Offered) -> Selected:
+    """Return the modules of the layers that the forget answers pass through."""
+    layers = of.layers()
+    return Selected([each for each in of.names if each.startswith(layers)])
+
+
+def of_traced_heads(of: Offered) -> Selected:
+    """Return what makes the queries, and what reads the results, of heads in these layers."""
+    layers, num = of.layers(), num_heads(of.base)
     outputs = {
         name: each
-        for name, each in base.named_modules()
-        if name.startswith(tuple(layers))
-        and name.endswith(f".{RESULTS}")
-        and isinstance(each, nn.Linear)
+        for name, each in of.base.named_modules()
+        if name.startswith(layers) and name.endswith(f".{RESULTS}") and isinstance(each, nn.Linear)
     }
-    effects = trace_heads(base, list(outputs.values()), forget, retain)
+    effects = trace_heads(of.base, list(outputs.values()), of.forget, of.retain)
     attentions = [name.removesuffix(RESULTS) for name in outputs]
-    found: dict[str, list[int]] = {}
-    for at in _largest(effects, share):
-        number, head = divmod(at, num_heads(base))
+    heads: dict[str, list[int]] = {}
+    for at in _largest(effects, of.share):
+        number, head = divmod(at, num)
         for module in (QUERIES, RESULTS):
-            found.setdefault(attentions[number] + module, []).append(head)
-    return found
+            heads.setdefault(attentions[number] + module, []).append(head)
+    selected = [each for each in of.names if each in heads]
+    return Selected(selected, {name: heads[name] for name in selected})
+
+
+SELECTIONS: Mapping[str, Callable[[Offered], Selected]] = {
+    "fisher": by_fisher,
+    "traced": in_traced_layers,
+    "heads": of_traced_heads,
+}
 
 
 def adapted_modules(base: Any, wanted: Sequence[str] | str) -> list[str]:

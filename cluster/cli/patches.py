@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sisa.core.patches import Patch, VaultSet
     from sisa.flows.patches.patching import Unlearnt, Wish
 
-METHOD, SELECTIONS = "npo", ("all", "fisher", "traced", "heads")
+METHOD = "npo"
 EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7
 NAMES = {
     "forget_probability": "probability",
@@ -143,7 +143,6 @@ def defaults_in_words(defaults: Mapping[str, Any]) -> str:
 @click.option("--method", help=f"Method, {METHOD} by default; `sisa approx methods` lists them all.")
 @click.option(
     "--selection",
-    type=click.Choice(SELECTIONS),
     help="What the patch may change: all modules (default); fisher, those that matter most to the "
     "texts; traced, those in the layers that the answers pass through; heads, attention heads in these.",
 )
