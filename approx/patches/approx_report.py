@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from approx.methods.method import Method
-from approx.unlearning.schedule import ScheduleSettings
+from approx.patches.patch_measures import MEASURE_LIMITS
+from approx.patches.patch_settings import PatchSettings
+from approx.patches.selection import Selected
 from approx.unlearning.stopping import End, Ending, Knowledge
 
 REPORT_LIMITS = (
@@ -26,37 +27,53 @@ class ApproxReport:
     """The report of one run of approximate unlearning, without text or ids.
 
     `approximate` is always true. The class shares no base with anything that certifies an exact
-    deletion. `before` and `after` are the caller's metrics by name.
+    deletion. `before` and `after` are measures by name, and `sets` what was trained on and measured.
+    What a run that was suspended has not measured is left out.
     """
 
-    method: Method
-    settings: ScheduleSettings
+    settings: PatchSettings
+    selected: Selected
     end: End
+    sets: Mapping[str, Any]
+    num_beneath: int
+    patch_made: bool
     before: Mapping[str, float]
     after: Mapping[str, float]
-    more_limits: tuple[str, ...] = ()
+    known: Knowledge | None = None
+    reference: Mapping[str, float] | None = None
+    robustness: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; numbers that are not finite become null."""
-        made = {
+        settings, end = self.settings, self.end
+        made: dict[str, Any] = {
             "approximate": True,
-            "method": self.method.name,
-            "hyperparameters": asdict(self.method),
-            "settings": asdict(self.settings),
+            "method": settings.method.name,
+            "hyperparameters": asdict(settings.method),
+            "settings": asdict(settings.pace),
+            "bounds": asdict(settings.bounds),
+            "selection": {**asdict(settings.selection), **self.selected.to_json()},
             "target": "patch",
-            "ending": self.end.ending.value,
-            "why": self.end.why,
-            "step": self.end.step,
-            "num_steps": self.end.num_steps,
-            "alpha": self.end.alpha,
-            "learning_rate_kept": self.end.learning_rate,
-            "utility_before": self.end.utility_before,
-            "utility": self.end.utility,
-            "compute": self.end.compute.to_json(),
-            "metrics_before": dict(self.before),
-            "metrics_after": dict(self.after),
-            "limits": [*REPORT_LIMITS, *self.more_limits],
+            "ending": end.ending.value,
+            "why": end.why,
+            "step": end.step,
+            "num_steps": end.num_steps,
+            "alpha": end.alpha,
+            "learning_rate_kept": end.learning_rate,
+            "utility_before": end.utility_before,
+            "utility": end.utility,
+            "compute": end.compute.to_json(),
+            "sets": self.sets,
+            "num_beneath": self.num_beneath,
+            "patch_made": self.patch_made,
+            "metrics_before": self.before,
+            "metrics_after": self.after,
+            "limits": [*REPORT_LIMITS, *MEASURE_LIMITS],
         }
+        if self.known is not None:
+            made |= {**outcome(end, self.known), "robustness": self.robustness}
+        if self.reference is not None:
+            made["metrics_reference"] = self.reference
         return {name: _finite(value) for name, value in made.items()}
 
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from approx.evaluation.probe import answers_to_probe
 from approx.methods.editing.editing import Edit
 from approx.patches import patch_measures
-from approx.patches.approx_report import ApproxReport, outcome
+from approx.patches.approx_report import ApproxReport
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.patches.selection import Selected, select
 from approx.patches.texts import limits_of, text_problems, tokenize_records, without_forgotten
@@ -300,20 +300,14 @@ class _Making:
         return replace(end, compute=end.compute.with_cost_of(self._prepared)) if self._prepared else end
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
-        """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
+        """Return the ApproxReport as JSON; a run that is suspended is not measured yet."""
         made, texts, most = measured and _changes_anything(end), self._texts, patch_measures.MAX_MEASURED
-        found = ApproxReport(
-            method=self.settings.method,
-            settings=self.settings.pace,
+        reference = self._reference() if measured else None
+        return ApproxReport(
+            settings=self.settings,
+            selected=self._selected,
             end=end,
-            before=self._before,
-            after=self._measured(self._model) if measured else {},
-            more_limits=patch_measures.MEASURE_LIMITS,
-        ).to_json()
-        found |= {
-            "bounds": asdict(self.settings.bounds),
-            "selection": {**asdict(self.settings.selection), **self._selected.to_json()},
-            "sets": {
+            sets={
                 "num_forget": len(texts.sets.forget),
                 "num_forget_measured": min(len(texts.sets.forget), most),
                 "num_retain": len(texts.sets.retain),
@@ -323,16 +317,14 @@ class _Making:
                 "num_judged_measured": min(len(texts.judged), most),
                 "retain": WRITTEN_RETAIN if self.order.job.retain == WRITTEN else GIVEN_RETAIN,
             },
-            "patch_made": made,
-            "num_beneath": len(self.order.beneath),
-        }
-        if not measured:
-            return found
-        found |= outcome(end, self._known(self._model, thorough=True))
-        reference = self._reference()
-        if reference is not None:
-            found["metrics_reference"] = self._measured(reference)
-        return {**found, "robustness": self._robustness(reference) if made else None}
+            num_beneath=len(self.order.beneath),
+            patch_made=made,
+            before=self._before,
+            after=self._measured(self._model) if measured else {},
+            known=self._known(self._model, thorough=True) if measured else None,
+            reference=None if reference is None else self._measured(reference),
+            robustness=self._robustness(reference) if made else None,
+        ).to_json()
 
     def _reference(self) -> Any:
         from transformers import AutoModelForCausalLM

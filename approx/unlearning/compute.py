@@ -51,9 +51,8 @@ class Compute:
             seconds=self.seconds + other.seconds,
         )
 
-    def to_json(self, full_tokens: int | None = None) -> dict[str, Any]:
-        """Return counts, and the share of a fine-tuning of all weights over `full_tokens` positions."""
-        full = full_tokens and 6 * self.num_parameters * full_tokens
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
         return {
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,
@@ -62,7 +61,6 @@ class Compute:
             "flops_estimated": self.flops,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "share_of_full_finetuning": full and self.flops / full,
         }
 
 

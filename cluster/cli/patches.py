@@ -337,11 +337,9 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     if "ending" in report:
         yield f"  ended: {report['ending']}, {report.get('why')}"
     if cost := report.get("compute"):
-        share = cost.get("share_of_full_finetuning")
-        part = "" if share is None else f"{share:.1%} of the fine-tuning that taught it, "
         yield (
             f"  cost: {cost['seconds']:.1f} s, {cost['flops_estimated']:.3g} operations, "
-            f"{part}peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
+            f"peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
         )
     yield from _robustness(report)
     yield from _composition(report)
@@ -459,7 +457,8 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     lines = [f"approximate patch {patch.version}: {patch.state}, key {patch.key}"]
     if not report:
         return Result(body, [*lines, "  not made yet: `sisa approx unlearn` continues it"])
-    given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
+    blocks = ("hyperparameters", "settings", "selection", "bounds")
+    given = {name: value for block in blocks for name, value in report.get(block, {}).items()}
     lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
     limits = (f"    - {each}" for each in report.get("limits", []))
     return Result(body, [*lines, *_measures(report), "  limits:", *limits])

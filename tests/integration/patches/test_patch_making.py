@@ -119,7 +119,6 @@ def test_a_method_makes_a_patch_that_says_less_of_what_is_forgotten(bench: Bench
     assert 0 < (robust["steps_until_half"] or 20) <= 20
     assert robust["relearning"]["0"] == pytest.approx(after["forget_probability"], abs=1e-4)
     assert set(MEASURE_LIMITS) <= set(found["limits"])
-    assert found["compute"]["share_of_full_finetuning"] is None, "what taught the base is not known"
     ticks = [each for each in bench.events if isinstance(each, PatchProgress)]
     assert ticks[-1].step == ticks[-1].num_steps == found["num_steps"]
     notices = " ".join(each.text for each in bench.events if isinstance(each, Notice))

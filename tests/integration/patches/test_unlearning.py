@@ -23,6 +23,9 @@ from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
 from approx.patches.approx_report import REPORT_LIMITS, ApproxReport
+from approx.patches.patch_measures import MEASURE_LIMITS
+from approx.patches.patch_settings import Adapter, parse_settings, settings_of
+from approx.patches.selection import Selected
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
 from approx.unlearning.editing import edit_adapter
 from approx.unlearning.examples import Sets
@@ -649,16 +652,15 @@ def test_a_patch_over_a_base_in_half_precision(learnt: Any) -> None:
 def test_the_report(learnt: Any) -> None:
     model, end = run(learnt, "npo")
     report = ApproxReport(
-        *(make_method("npo"), settings(), end),
+        parse_settings(settings_of("npo", {}, Adapter())),
+        Selected("all-linear", everything=True),
+        *(end, {"num_forget": len(FORGET)}, 0, True),
         before={"forget_nll": nll(learnt, FORGET)},
         after={"forget_nll": nll(model, FORGET), "undefined": float("nan")},
-        more_limits=("one more",),
     )
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["approximate"] is True
     assert found["metrics_after"]["undefined"] is None
-    assert found["limits"] == [*REPORT_LIMITS, "one more"]
-    share = end.compute.to_json(10_000)["share_of_full_finetuning"]
-    trained, looked_at = end.compute.tokens_trained, end.compute.tokens_forward
-    assert 0 < looked_at < trained
-    assert 0 < share < (trained + looked_at / 3) / 10_000
+    assert found["limits"] == [*REPORT_LIMITS, *MEASURE_LIMITS]
+    assert "outcome" not in found, "what the model knows was not measured"
+    assert 0 < end.compute.tokens_forward < end.compute.tokens_trained

@@ -27,7 +27,6 @@ REPORT: dict[str, Any] = {
         "seconds": 1.5,
         "flops_estimated": 10**12,
         "peak_memory_bytes": 2**30,
-        "share_of_full_finetuning": None,
     },
     "metrics_before": {"forget_probability": 0.9, "forget_extraction_floor": 0.1, "retain_utility": 0.5},
     "metrics_after": {"forget_probability": None, "forget_extraction_floor": 0.1, "retain_utility": 0.4},
@@ -116,12 +115,6 @@ def test_what_is_still_known_is_reported_and_ends_with_7() -> None:
     assert result.exit_code == 7
     assert "still known: 2 of 4 probed texts (before: 4): held back by the bound" in result.text
     assert "the texts stay in the vault" in result.text
-
-
-def test_a_share_of_a_finetuning_is_reported_where_it_is_known() -> None:
-    report = {**REPORT, "compute": {**REPORT["compute"], "share_of_full_finetuning": 0.125}}
-    result = patches.unlearnt(Unlearnt(PATCH, False, report, 1, 0), Path("model"))
-    assert "12.5% of the fine-tuning that taught it" in result.text
 
 
 @pytest.mark.parametrize("patch", [None, PATCH])
