@@ -1,1 +1,1 @@
-"""Metrics of a model's answers, one per file: pure functions with their formula, source and limits."""
+"""Metrics of a model's answers: pure functions with their formula, source and limits."""
