@@ -34,11 +34,13 @@ LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lor
 
 @dataclass(frozen=True)
 class AttackSets:
-    """Texts and the tokenizer that makes examples of them, cut to `sequence_len` tokens.
+    """What an attack is given: texts, the tokenizer that makes examples of them, and other models.
 
     Results are about the texts that are `asked`. `taught` are of their kind and `others` of another one;
     relearning trains on either. `holdout` are texts like the asked ones that no model has seen. `also`
-    are sets of other questions to the same knowledge, by a name for each.
+    are sets of other questions to the same knowledge, by a name for each. Texts are cut to
+    `sequence_len` tokens. `references` never saw the asked texts; `before` is the model before
+    unlearning.
     """
 
     tokenizer: Any = field(repr=False)
@@ -48,6 +50,8 @@ class AttackSets:
     holdout: Sequence[Record] = ()
     sequence_len: int | None = None
     also: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    references: Sequence[Any] = field(default=(), repr=False)
+    before: Any = field(default=None, repr=False)
 
     def examples(self, role: SetName) -> list[Tokens]:
         """Return the examples of a set. Raise InvalidInput if it has none."""

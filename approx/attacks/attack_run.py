@@ -21,8 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
-from approx.attacks.depth import Depth
-from approx.attacks.membership import Membership, privleak_against
+from approx.attacks.membership import Membership, privleak_against_reference
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.asking import log_name
@@ -90,14 +89,14 @@ class OpenedModel:
         else:
             self.model, self.tokenizer, self.ends = opened.model, opened.tokenizer, opened.ends
 
-    def sets(self, texts: Texts, also: Mapping[str, Asked] | None = None) -> AttackSets:
+    def sets(self, order: AttackOrder) -> AttackSets:
         """Return texts in the form in which this model is asked, up to the length that it can read."""
-        made = {role: records_of(pairs, self.form) for role, pairs in texts.items()}
+        made = {role: records_of(pairs, self.form) for role, pairs in order.texts.items()}
         return AttackSets(
             self.tokenizer,
             **made,
             sequence_len=getattr(self.model.config, "max_position_embeddings", None),
-            also={name: records_of(pairs, self.form) for name, pairs in (also or {}).items()},
+            also={name: records_of(pairs, self.form) for name, pairs in order.also.items()},
         )
 
     def check_tokenizer(self, other: OpenedModel) -> None:
@@ -140,11 +139,8 @@ class AttackOrder:
     seed: int = 0
 
 
-def _chosen(names: Sequence[str], own: Sequence[Attack]) -> list[Attack]:
-    """Return the named attacks, or all, with a model's `own` in place of those of the registry.
-
-    Raise InvalidInput for unknown names.
-    """
+def _chosen(names: Sequence[str], leak: LeakAtK) -> list[Attack]:
+    """Return the named attacks, or all, with samples as ordered. Raise InvalidInput for other names."""
     if unknown := [each for each in names if each not in ATTACKS]:
         raise InvalidInput(
             "no such attacks",
@@ -153,7 +149,7 @@ def _chosen(names: Sequence[str], own: Sequence[Attack]) -> list[Attack]:
             got=", ".join(unknown),
             next_step="choose among these",
         )
-    attacks = {**ATTACKS, **{each.name: each for each in own}}
+    attacks = {**ATTACKS, leak.name: leak}
     return [attacks[name] for name in names or ATTACKS]
 
 
@@ -172,9 +168,7 @@ def attack_opened(
     for each in others:
         opened.check_tokenizer(each)
     leak = replace(order.leak, ends=opened.ends)
-    judges = [each.model for each in references]
-    depth = Depth(before and before.model, judges[0] if judges else None)
-    attacks = _chosen(order.names, [Membership(judges), leak, depth])
+    attacks = _chosen(order.names, leak)
     settings = {
         **asdict(opened.form),
         "samples": leak.samples,
@@ -186,10 +180,11 @@ def attack_opened(
     known = None
     if before is not None:
         settings["before"] = before.evaluated.digest
-        known = fmean(probabilities(before.model, before.sets(order.texts).examples("asked")))
+        known = fmean(probabilities(before.model, before.sets(order).examples("asked")))
     header = Header(opened.evaluated.digest, digest_of({**order.texts, **also}), settings, "attacks")
     log = order.out / log_name(opened.evaluated, "attacks", header)
-    sets = opened.sets(order.texts, order.also)
+    judges = [each.model for each in references]
+    sets = replace(opened.sets(order), references=judges, before=before and before.model)
     reasons = {each.name: each.why_not(opened.model, sets) for each in attacks}
     not_made = {name: why for name, why in reasons.items() if why is not None}
     made = [each for each in attacks if each.name not in not_made]
@@ -212,8 +207,8 @@ def _attack_model(
         for attack in attacks:
             if attack.name not in held:
                 writer.append([_row(attack.name, attack(model, sets, seed))])
-            if isinstance(attack, Membership) and attack.references and PRIVLEAK not in held:
-                leak = privleak_against(attack.references[0], model, sets, seed)
+            if attack.name == Membership.name and sets.references and PRIVLEAK not in held:
+                leak = privleak_against_reference(model, sets, seed)
                 writer.append([AttackRow(PRIVLEAK, privleak=leak)])
         return {row.attack: row for row in writer.rows}
 

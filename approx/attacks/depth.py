@@ -5,8 +5,8 @@ the model that never saw them lacks anything. The states of each layer are put i
 unlearning, at the positions that predict the answer's tokens; `approx/metrics/depth.py` has formula,
 source and limits.
 
-It needs the model `before` unlearning and a `retained` one that never saw the texts, both of the same
-base as the model.
+It needs the model before unlearning, and as the first reference one that never saw the texts, both of
+the same base as the model.
 """
 
 from __future__ import annotations
@@ -32,31 +32,30 @@ class Depth(Attack):
 
     name: ClassVar[str] = "depth"
     on_weights: ClassVar[bool] = True
-    before: Any = None
-    retained: Any = None
 
     def why_not(self, model: Any, sets: AttackSets) -> str | None:
         """Return why the attack can't be made, or None: it needs models of one base."""
         if why := super().why_not(model, sets):
             return why
-        if self.before is None or self.retained is None:
+        if sets.before is None or not sets.references:
             return "needs two models: --before and --reference"
-        models = (model, self.before, self.retained)
+        models = (model, sets.before, sets.references[0])
         if any(map(asks_by_prompt, models)) or not of_one_shape(*models):
             return "needs models of one base, each of one set of weights: --before and --reference"
         return None
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
-        if self.before is None or self.retained is None:
+        if sets.before is None or not sets.references:
             raise InvalidInput(
                 "the depth score lacks a model",
-                where="before and retained",
+                where="before and references",
                 expected="the model before unlearning, and one that never saw the texts",
                 next_step="give both, or leave the attack out",
             )
         asked = [without_closing(each, sets.tokenizer) for each in sets.examples("asked")]
+        sources = (sets.references[0], model)
         scores = [
-            depth_score(*(patched_gaps(self.before, source, each) for source in (self.retained, model)))
+            depth_score(*(patched_gaps(sets.before, source, each) for source in sources))
             for each in asked
         ]
         return Curve("unlearning depth score", {"all": [each for each in scores if each is not None]})
@@ -75,7 +74,7 @@ def patched_gaps(target: Any, source: Any, example: Tokens) -> list[float]:
     if not of_one_shape(target, source):
         raise InvalidInput(
             "the models have layers of different number or width",
-            where="before and retained",
+            where="before and references",
             expected="models of one base",
             next_step="give models of one base, or leave the attack out",
         )

@@ -23,17 +23,16 @@ from sisa.lm.base.tokens import NO_LOSS, Tokens, without_closing
 
 @dataclass(frozen=True)
 class Membership(Attack):
-    """The attacks on membership. `references` are models that never saw the asked texts."""
+    """The attacks on membership, with the sets' references as models that never saw the texts."""
 
     name: ClassVar[str] = "membership"
     needs: ClassVar[tuple[SetName, ...]] = ("asked", "holdout")
     least: ClassVar[int] = 2
-    references: Sequence[Any] = ()
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
         sides = [sets.examples(role) for role in self.needs]
         texts = [without_closing(each, sets.tokenizer) for side in sides for each in side]
-        scores = membership_scores(model, sets.tokenizer, texts, self.references)
+        scores = membership_scores(model, sets.tokenizer, texts, sets.references)
         num = len(sides[0])
         return {name: auc(each[:num], each[num:], seed=seed) for name, each in scores.items()}
 
@@ -54,8 +53,8 @@ def membership_scores(
     return scores | calibrated_scores([each.loss for each in found], judges)
 
 
-def privleak_against(retrained: Any, model: Any, sets: AttackSets, seed: int) -> PrivLeak | None:
-    """Return PrivLeak of a model against a retrained one, or None where it is undefined."""
+def privleak_against_reference(model: Any, sets: AttackSets, seed: int) -> PrivLeak | None:
+    """Return PrivLeak of a model against the first reference, or None where it is undefined."""
     sides = [
         [without_closing(each, sets.tokenizer) for each in sets.examples(role)]
         for role in Membership.needs
@@ -67,7 +66,7 @@ def privleak_against(retrained: Any, model: Any, sets: AttackSets, seed: int) ->
         )
         return asked, holdout
 
-    return privleak_or_none(scores(model), scores(retrained), seed=seed)
+    return privleak_or_none(scores(model), scores(sets.references[0]), seed=seed)
 
 
 def _answer(example: Tokens, tokenizer: Any) -> str:

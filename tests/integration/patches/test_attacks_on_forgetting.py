@@ -78,8 +78,8 @@ def state(model: Any) -> tuple[list[str], list[bool], str]:
 def test_an_attack_leaves_no_trace_and_depends_on_the_seed_alone(
     model: Any, plain: Any, sets: AttackSets, name: str
 ) -> None:
-    attacks = {**ATTACKS, **WEAK, "depth": Depth(model, plain)}
-    before, attack = state(model), attacks[name]
+    sets = replace(sets, before=model, references=[plain])
+    before, attack = state(model), {**ATTACKS, **WEAK}[name]
     first, again = (attack(model, sets, seed=1) for _ in range(2))
     assert state(model) == before
     assert first == again
@@ -151,7 +151,7 @@ def test_a_prefix_is_a_longer_prompt_and_a_wrapping_another_one(model: Any, sets
 def test_what_is_known_is_recognised_and_equal_references_calibrate_it_away(
     model: Any, sets: AttackSets
 ) -> None:
-    found = Membership((model, model))(model, sets, seed=0)
+    found = Membership()(model, replace(sets, references=(model, model)), seed=0)
     assert {name: each.value for name, each in found.items() if each.value != 0.5} == dict.fromkeys(
         ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm"), 1.0
     )
@@ -195,19 +195,19 @@ def test_steps_until_half_is_back(
 def test_the_depth_score_is_0_of_the_model_itself_and_1_of_one_that_never_saw(
     model: Any, plain: Any, sets: AttackSets
 ) -> None:
-    attack = Depth(model, plain)
-    intact, erased = (attack(each, sets, seed=0).values["all"] for each in (model, plain))
+    judged = replace(sets, before=model, references=[plain])
+    intact, erased = (Depth()(each, judged, seed=0).values["all"] for each in (model, plain))
     assert list(intact) == [0.0] * len(ASKED)
     assert list(erased) == [1.0] * len(ASKED)
     half = deepcopy(model)
     with torch.no_grad():
         for mine, theirs in zip(half.parameters(), plain.parameters(), strict=True):
             mine.lerp_(theirs, 0.5)
-    assert 0 < fmean(attack(half, sets, seed=0).values["all"]) < 1
-    nothing_to_erase = Depth(model, model)(plain, sets, seed=0)
+    assert 0 < fmean(Depth()(half, judged, seed=0).values["all"]) < 1
+    nothing_to_erase = Depth()(plain, replace(judged, references=[model]), seed=0)
     assert (nothing_to_erase.values, nothing_to_erase.means) == ({"all": []}, {})
     with pytest.raises(InvalidInput, match="lacks a model"):
-        Depth(model)(model, sets, seed=0)
+        Depth()(model, replace(sets, before=model), seed=0)
 
 
 def test_states_of_the_last_layer_are_read_by_the_target_s_head(
