@@ -34,6 +34,7 @@ from typing import Any
 
 from approx.metrics.estimate import change, estimate
 from sisa.core.digest import digest_of, file_sha256
+from sisa.lm.routing.calibration import share_of
 from sisa.lm.routing.route import Route
 from sisa.store.blobs.files import write_atomic
 from tests.bench.command import arguments, here, markdown, read_rows, write
@@ -298,15 +299,12 @@ def summary(model: str, task: str, cell: Json, first: Json | None) -> Json:
 
     The interval of a share of right answers is Wilson's, others are by bootstrap over questions.
     """
-    from scipy.stats import binomtest
-
-    num, num_right = len(cell["acc"]), round(sum(cell["acc"]))
-    wilson = binomtest(num_right, num).proportion_ci(method="wilson")
+    num = len(cell["acc"])
     row: Json = {
         "model": model,
         "task": task,
         "num": num,
-        "right": {"value": num_right / num, "low": float(wilson.low), "high": float(wilson.high)},
+        "right": dict(zip(("value", "low", "high"), share_of(sum(cell["acc"]), num), strict=True)),
         "seconds": cell["seconds"],
     }
     if "probability" in cell:
