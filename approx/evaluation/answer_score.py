@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 
 
@@ -27,7 +27,7 @@ class AnswerScore:
     means: tuple[float, ...]
     variances: tuple[float, ...]
     likeliest: tuple[float, ...] = ()
-    num_closing: int = 1
+    num_closing: int = field(default=1, kw_only=True)
 
     @property
     def loss(self) -> float:
@@ -45,6 +45,6 @@ class AnswerScore:
 
     def only(self, kept: Sequence[bool]) -> AnswerScore:
         """Return the score of some of its tokens."""
-        parts = (self.logprobs, self.correct, self.means, self.variances, self.likeliest)
-        logprobs, correct, means, variances, likeliest = (tuple(compress(part, kept)) for part in parts)
-        return AnswerScore(logprobs, correct, means, variances, likeliest, 0)  # type: ignore[arg-type]
+        columns = {name: value for name, value in vars(self).items() if name != "num_closing"}
+        left = {name: tuple(compress(each, kept)) for name, each in columns.items()}
+        return AnswerScore(**left, num_closing=0)

@@ -139,8 +139,7 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
 
 def score_of(tokens: Iterable[TokenScore]) -> AnswerScore:
     """Return the score of an answer of at least one token."""
-    logprobs, correct, means, variances, likeliest = zip(*tokens, strict=True)
-    return AnswerScore(logprobs, correct, means, variances, likeliest)
+    return AnswerScore(*zip(*tokens, strict=True))
 
 
 def token_scores(logits_TV: Tensor, targets_N: Tensor, positions_N: Tensor) -> list[TokenScore]:
