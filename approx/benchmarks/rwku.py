@@ -29,7 +29,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from approx.benchmarks.measures import Benchmark, Score, recall, right_choice
+from approx.benchmarks.measures import ATTACK_SCORES, Benchmark, Score, recall, right_choice
 from approx.benchmarks.multiple_choice import LETTERS, choice_question, choices_of, lettered
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import (
@@ -217,7 +217,7 @@ def _mean_score(name: str, row: LogRow) -> float:
 _MIA = tuple(
     Score(f"{mia} {name}", (mia,), partial(_mean_score, name))
     for mia in ("forget_mia", "retain_mia")
-    for name in ("loss", "zlib", "min_k", "min_k_plus_plus")
+    for name in ATTACK_SCORES
 )
 RWKU = Benchmark(
     name="rwku",

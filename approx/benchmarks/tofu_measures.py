@@ -25,7 +25,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from approx.benchmarks.headline import Finding, Headline, finding, headline, membership_finding
-from approx.benchmarks.log_membership import attacks_on, privleak_of
+from approx.benchmarks.measures import attacks_on, privleak_of
 from approx.benchmarks.tofu import REWORDED
 from approx.evaluation.question_log import LogRow
 from approx.evaluation.questions import HOLDOUT
