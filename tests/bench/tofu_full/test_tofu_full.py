@@ -6,14 +6,12 @@ import gzip
 import json
 from copy import copy
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from shutil import copyfile, copytree
 from typing import Any
 
 import pytest
 
-from approx.attacks.sampling import leak_at_k
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.samples import make_people
 from sisa.lm.base.low_rank import ADAPTER_FILE
@@ -285,10 +283,3 @@ def test_another_key_joins_once_its_deletion_was_attacked(bench: Bench, tmp_path
 def test_another_design_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigConflict, match="another design"):
         bench("--epochs", 2)
-
-
-def test_leak_at_k_by_trying_every_choice() -> None:
-    scores = [0.9, 0.1, 0.5, 0.5, 0.0]
-    for k in range(1, len(scores) + 1):
-        best = [max(chosen) for chosen in combinations(scores, k)]
-        assert leak_at_k(scores, k) == pytest.approx(sum(best) / len(best))

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ from approx.attacks.quantisation import Quantisation
 from approx.attacks.registry import ATTACKS
 from approx.attacks.relearning import Relearning, RelearningOutOfDomain
 from approx.attacks.rewording import WRAPPINGS, Jailbreak, OtherQuestions, Rewording
-from approx.attacks.sampling import LeakAtK
+from approx.attacks.sampling import LeakAtK, leak_at_k
 from approx.metrics.auc import auc
 from approx.unlearning.hidden_states import hidden_at
 from sisa.core.domain import BaseFiles, Part, Record
@@ -126,6 +127,13 @@ def test_samples_of_what_is_known_leak_and_are_drawn_by_the_seed(model: Any, set
     assert all(one <= best for one, best in zip(found.values[1], found.values[3], strict=True))
     assert found.means["3"] > LeakAtK(3, 16)(model, replace(sets, asked=UNSEEN), seed=1).means["3"]
     assert leak(model, replace(sets, asked=UNSEEN), 1) != leak(model, replace(sets, asked=UNSEEN), 2)
+
+
+def test_leak_at_k_by_trying_every_choice() -> None:
+    scores = [0.9, 0.1, 0.5, 0.5, 0.0]
+    for k in range(1, len(scores) + 1):
+        best = [max(chosen) for chosen in combinations(scores, k)]
+        assert leak_at_k(scores, k) == pytest.approx(sum(best) / len(best))
 
 
 def test_a_prefix_is_a_longer_prompt_and_a_wrapping_another_one(model: Any, sets: AttackSets) -> None:
