@@ -20,6 +20,7 @@ from sisa.core.domain import Part, Record, RecordRow
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.core.requests import Request, RequestState
 from sisa.flows import lifecycle, query
+from sisa.flows.context.areas import unlisted
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import add, train
@@ -37,6 +38,7 @@ from sisa.flows.lifecycle import (
     views,
 )
 from sisa.flows.reconcile import reconcile
+from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS
 from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
@@ -429,14 +431,6 @@ def test_a_record_that_came_back_can_be_deleted_again(fake: FakeModel) -> None:
     assert [each.state for each in query.where(fake.context, ["id-0003"])] == ["deleted"]
 
 
-def test_every_comeback_is_listed(fake: FakeModel) -> None:
-    asked(fake, 3, 4)
-    run_all(fake)
-    with pytest.raises(InvalidInput) as caught:
-        add(fake.context, [record(3), record(5), copy_of(4, "new")])
-    assert [each.where for each in caught.value.problems] == ["record 1", "record 3"]
-
-
 def test_a_request_that_only_waits_does_not_guard(fake: FakeModel) -> None:
     asked(fake, 3)
     assert add(fake.context, [copy_of(3, "new")]).added == 1
@@ -497,23 +491,29 @@ def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeMo
     assert held_bytes(fake) == held_bytes(trained(range(4, NUM_RECORDS)))
 
 
-@pytest.mark.parametrize("part", ["records", "checkpoints", "index"])
+@pytest.mark.parametrize("part", [RECORDS, CHECKPOINTS, INDEX, METRICS])
 def test_a_failed_erasure_is_a_state_of_its_own_and_is_finished_later(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     request = asked(fake, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(fake, part), "erase", Broken())
+        effect = "keep_losses" if part == METRICS else "erase"
+        patch.setattr(getattr(fake.context.stores, part), effect, Broken())
         failing(fake)
         found = find(fake.context, request.request_id)
         assert (found.state, found.cause) == ("erasure_failed", "EnvironmentFault")
         assert states(fake, request) == [*WHOLE_LIFE[:4], "erasure_failed"]
         assert "id-0003" not in served(fake)
+        for area, left in unlisted(fake.context).items():  # no other is kept from its erasure
+            assert bool(left) == (area == part)
+        (gone,) = query.where(fake.context, ["id-0003"])
+        assert set(gone.not_erased) == {part} - {METRICS}
         with pytest.raises(EnvironmentFault):
             reconcile(fake.context)  # it is said as often as it is tried
         assert "Ada" not in repr(fake.ledger.tables)
     reconcile(fake.context)
     assert (state(fake, request), states(fake, request)[-3:]) == ("completed", WHOLE_LIFE[4:])
+    assert query.where(fake.context, ["id-0003"])[0].not_erased == {}
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
 
 
