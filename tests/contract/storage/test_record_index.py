@@ -280,7 +280,7 @@ def test_a_tampered_file_is_refused(folder: FaissIndex, place: int) -> None:
 def test_a_file_of_another_form_is_refused(folder: FaissIndex, place: int) -> None:
     """This holds even for a file whose digest the ledger names."""
     file = folder.build(0, "root", None, vectors([1]))
-    data = bytearray(folder._bytes(file))
+    data = bytearray(folder.checked(file.name, file.sha256, "index file"))
     data[place] ^= 0x40
     for wrong in (bytes(data), bytes(data[:-1]), b""):
         forged = replace(file, sha256=sha256_hex(wrong), num_bytes=len(wrong))

@@ -11,20 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.core.domain import Hit, IndexFile
+from sisa.core.domain import Hit
 from sisa.core.ports import Vectors
 from sisa.model import open_model
 from sisa.store import index
+from sisa.store.areas import INDEX
 from sisa.store.index import (
     _ALL,
     CODE_BITS,
     EXACT_UP_TO,
-    FaissIndex,
     LoadedIndex,
     codes_of,
     search_loaded,
 )
 from tests.models import confessing
+from tests.models.opened_files import opened_files
 
 DIMENSION = 64
 
@@ -110,20 +111,17 @@ def test_a_model_that_is_asked_again_reads_no_index_file_again(
     confessing.use_fake_resources(monkeypatch)
     directory = tmp_path / "model"
     confessing.build(directory)
-    read: list[str] = []
-    sides = FaissIndex._load_both
-
-    def counted(own: FaissIndex, file: IndexFile) -> Any:
-        read.append(file.name)
-        return sides(own, file)
-
-    monkeypatch.setattr(FaissIndex, "_load_both", counted)
     model = open_model(directory, executor="serial")
-    first = model.find(text="where")
-    assert read
-    read.clear()
-    assert model.find(text="where") == first
-    assert not read
-    model.forget([first[0].id])
-    assert first[0].id not in [each.id for each in model.find(text="where")]
-    assert len(read) == 1
+
+    def asked() -> tuple[list[str], int]:
+        with opened_files(directory / INDEX) as opened:
+            found = model.find(text="where")
+        return [each.id for each in found], len(opened)
+
+    first, num_read = asked()
+    assert num_read > 1
+    assert asked() == (first, 0)
+    model.forget(first[:1])
+    rest, num_read = asked()
+    assert first[0] not in rest
+    assert num_read <= 1, "of the shard that changed"

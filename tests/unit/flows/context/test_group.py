@@ -10,7 +10,7 @@ import pytest
 from sisa.core.errors import ConfigConflict, SisaError, UnknownRecord
 from sisa.flows.lifecycle import Terms
 from sisa.model import Model, open_model
-from tests.models.confessing import NUM_RECORDS, record
+from tests.models.confessing import NUM_RECORDS, context_of, record
 from tests.models.opened_files import opened_files
 
 OWN = 0  # of the shards 0 and 1
@@ -33,7 +33,8 @@ def ids_in(model: Model, shard: int) -> list[str]:
 
 def files_of_others(model: Model) -> set[str]:
     """Return the names of all slices, indexes and checkpoints of other shards."""
-    with model._ledger() as ledger:
+    with context_of(model.directory) as context:
+        ledger = context.stores.ledger
         found = {each.name for each in ledger.slices() if each.shard != OWN}
         found |= {each.name for each in ledger.indexes() if each.shard != OWN}
         return found | {each.key for each in ledger.checkpoints() if each.shard != OWN}
