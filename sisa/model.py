@@ -92,13 +92,13 @@ class Model(ModelDirectory):
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
         with located_problems(source), self.writing() as context:
-            _ = self.resources.base  # refuses a changed base before anything is erased
+            self.resources.refuse_changed_base()
             return rectify(context, source, [partial(guard, self.config)])
 
     def resume(self) -> Taken:
         """Train what is missing."""
         with self.writing() as context:
-            _ = self.resources.base  # refuses a changed base
+            self.resources.refuse_changed_base()
             return train(context, ())
 
     @retry_read
@@ -162,7 +162,7 @@ class Model(ModelDirectory):
             held, deleted = query.held_and_deleted(context, ids, subject)
             request = None
             if held:
-                _ = self.resources.base  # refuses a changed base before anything is erased
+                self.resources.refuse_changed_base()
                 terms = Terms(approver=DIRECT, reason=DIRECT, consent=consent)
                 done = forget_at_once(context, new_request(context, held, (), terms), defer=defer)
                 request, kept = done.requests[0], done.kept_versions
@@ -243,7 +243,7 @@ class Model(ModelDirectory):
             begun = {each.request_id for each in under_way(context)}
             waiting = lifecycle.ready(context)
             if waiting:
-                _ = self.resources.base  # refuses a changed base before anything is erased
+                self.resources.refuse_changed_base()
                 done = lifecycle.carry_out(context, waiting)
             else:
                 done = ()

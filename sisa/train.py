@@ -133,7 +133,7 @@ def _move_and_train(
         moved = _move(model, config, resources, records)
         model.reload()
         with model.context(locked=True) as context:
-            _ = model.resources.base  # refuses a changed base
+            model.resources.refuse_changed_base()
             taken = train(context, records)
     return replace(
         taken,

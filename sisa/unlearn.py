@@ -41,7 +41,7 @@ def unlearn(
     and `make_wanted`.
     """
     with model.writing() as context:
-        _ = model.resources.base  # refuses a changed base before anything is written
+        model.resources.refuse_changed_base()
         if wish is not None:
             if max_drift is not None:
                 patching.check_retain_is_foreign(context, wish)

@@ -61,7 +61,7 @@ def repair(model: ModelDirectory) -> RepairOutcome:
     with model_lock(model.directory), model.context(as_it_is=True) as context:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
-            _ = model.resources.base  # refuses a changed base before a checkpoint is given up
+            model.resources.refuse_changed_base()  # before a checkpoint is given up
         done: list[str] = []
         if is_behind(context) and not any(each.lost for each in found):
             # What repeating the deletions needs, without training on records that they delete.

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from sisa import model, train
 from sisa.core.digest import digest_of
-from sisa.core.domain import Record
+from sisa.core.domain import BaseFiles, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, Tick
 from sisa.core.requests import Probed
@@ -31,19 +30,9 @@ from sisa.lm.routing.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer
 
 
-@dataclass(frozen=True)
-class NamedBase:
-    """Describe a base that nobody loads."""
-
-    name: str
-    directory: Path
-    digest: str
-
-
-def named_base(resources: Resources) -> NamedBase:
+def named_base(resources: Resources) -> BaseFiles:
     """Return a base for any name."""
-    name = resources.config.base
-    found = NamedBase(name, Path("no-base"), digest_of(name))
+    found = BaseFiles(Path("no-base"), digest_of(resources.config.base))
     if (known := resources._base) is not None:
         check_digest("base model", known, found.digest)
     return found

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ import pytest
 from sisa.config.config import RunConfig
 from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
-from sisa.core.domain import Record, RecordRow
+from sisa.core.domain import BaseFiles, Record, RecordRow
 from sisa.core.event_chain import EventChain, key_name
 from sisa.core.ports import StoredRecord
 from sisa.flows.chains import SerialExecutor, Site
@@ -187,8 +186,7 @@ def open_fake(site: Site, _options: Any) -> SerialExecutor:
 
 def use_fake_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open models over a base that is only a name: nothing probes it, and each record has one token."""
-    base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
-    monkeypatch.setattr(Resources, "base", base)
+    monkeypatch.setattr(Resources, "base", BaseFiles(Path("no-base"), BASE))
     monkeypatch.setattr(Resources, "check_base", lambda _: None)
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(wiring, "Compute", lambda **given: Compute(**{**given, "probe": None}))

@@ -49,6 +49,10 @@ class Resources:
             check_digest("base model", self._base, found.digest)
         return found
 
+    def refuse_changed_base(self) -> None:
+        """Raise IntegrityError, before anything is erased, if the base is not the recorded one."""
+        _ = self.base
+
     @cached_property
     def tokenizer(self) -> Any:
         from sisa.lm.base.weights import load_tokenizer
