@@ -1,6 +1,6 @@
 """Erase the exports that contain what a deletion removed, and tell what became of the others.
 
-A deletion's commit marks the exports that a removed record touched (`plan.marked`). Their rows are
+A deletion's commit marks the exports that a removed record touched (`tainted_exports`). Their rows are
 dropped after their files are erased, so that no crash leaves an unknown export. A directory that was
 moved or changed is left alone and stays marked: it is erased when it returns, or given up if the user
 vouches for it. An export of several shards has a row for each; they are dropped together. Copies that
