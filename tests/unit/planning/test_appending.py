@@ -131,7 +131,7 @@ def test_generation_0_is_none(tmp_path: Path) -> None:
 def test_a_layerwise_model_has_no_layers_left_for_appended_slices(fake: FakeModel) -> None:
     recipe = fake.context.recipe
     training = {**recipe.training, LAYERWISE: SLICES}
-    context = changed(fake.context, recipe=replace(recipe, training=training))
+    context = changed(fake.context, unpatched_recipe=replace(recipe, training=training))
     held = set(fake.checkpoints.stored)
     carried = [replace(record, generation=1) for record in some(30)]
     with pytest.raises(ConfigConflict, match="none are left"):
