@@ -1,41 +1,11 @@
-"""Places of nodes: given evenly, not where a task failed last, gone with the node; who may train."""
+"""How many places a node has, and who may train; the module's example shows how places are given."""
 
 from __future__ import annotations
 
 import pytest
 
 from cluster.ray.proofs import Proof, refusal
-from cluster.ray.worker_slots import Placement, WorkerSlots
-
-
-def two() -> WorkerSlots:
-    slots = WorkerSlots()
-    slots.join("a", 2)
-    slots.join("b", 1)
-    return slots
-
-
-def test_nodes_fill_evenly_and_no_further() -> None:
-    slots = two()
-    assert sorted(str(slots.take()) for _ in range(4)) == ["None", "a", "a", "b"]
-    slots.give_back("b")
-    assert slots.take() == "b"
-
-
-def test_a_node_is_avoided_while_another_has_a_place() -> None:
-    slots = two()
-    assert slots.take(avoid="a") == "b"
-    assert slots.take(avoid="a") == "a"
-
-
-def test_a_lost_node_has_no_places() -> None:
-    slots = two()
-    assert slots.take() == "a"
-    slots.leave("a")
-    slots.give_back("a")  # what ran there ends later
-    assert slots.total == 1
-    assert "a" not in slots
-    assert [slots.take(), slots.take()] == ["b", None]
+from cluster.ray.worker_slots import Placement
 
 
 @pytest.mark.parametrize(
