@@ -6,6 +6,6 @@ local_blobs             a blob store in a directory
 object_blobs            a blob store in a bucket, through `object_client`
 lease                   a blob store as the workers of a run see it
 keyring                 a key for each file
-sealed_area             a storage area of sealed files
+sealed_area             a storage area: how its files are written and read, sealed or plain
 temporary_directories   directories outside the model, erased even after a crash
 """
