@@ -328,8 +328,9 @@ class RecordIndex(StoredFiles, Protocol):
     ) -> list[list[Hit]]:
         """Return for each query row the best `top_k` records over all files, best first.
 
-        Ties are ordered by shard and id. `by` selects the vectors that are compared; a record without
-        prompts is compared by its text.
+        A score is relative to the query's score with itself: equal texts score 1, whatever the length of
+        their vectors. Ties are ordered by shard and id. `by` selects the vectors that are compared; a
+        record without prompts is compared by its text.
         """
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:

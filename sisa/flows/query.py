@@ -16,7 +16,6 @@ from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecor
 from sisa.core.patches import PatchState, SetRole, VaultSet
 from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
-from sisa.flows.answers.routing import search_each
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import restrictions
@@ -288,7 +287,8 @@ def _similar(
 
 def _search(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
     """Return the best hits over all shards and queries, one for each record, best first."""
-    found = [hit for hits in search_each(context, queries, top_k) for hit in hits]
+    each = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k)
+    found = [hit for hits in each for hit in hits]
     best: dict[tuple[int, int], Hit] = {}
     for hit in sorted(found, key=lambda hit: (-hit.score, hit.shard, hit.vector_id)):
         best.setdefault((hit.shard, hit.vector_id), hit)

@@ -223,7 +223,7 @@ class IndexCache:
 
 
 def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """Return for each query row the best `top_k` records, each by its best vector, best first."""
+    """Return what `RecordIndex.search` does; a record's score is that of its best vector."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
     chosen: list[list[_Rows]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
@@ -259,10 +259,11 @@ def _best(loaded: Sequence[LoadedIndex], rows: Sequence[_Rows], query: Vectors, 
     ids = np.concatenate(per_file)
     shards = np.repeat([each.shard for each in loaded], list(map(len, per_file)))
     best: dict[tuple[int, int], Hit] = {}
+    own = float((query * query).sum())
     for n in np.lexsort((ids, shards, -scores)).tolist():
         found = int(shards[n]), int(ids[n])
         if found not in best:  # the record's other vectors score less
-            best[found] = Hit(found[1], float(scores[n]), found[0])
+            best[found] = Hit(found[1], float(scores[n]) / own, found[0])
         if len(best) == top_k:
             break
     return list(best.values())

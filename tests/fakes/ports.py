@@ -165,7 +165,7 @@ class FakeIndex(FakeFiles[dict[int, tuple[tuple[float, ...], ...]]]):
         answers = []
         for query in queries:
             scored = [
-                Hit(each, float((self._side(held, by) @ query).max()), file.shard)
+                Hit(each, float((self._side(held, by) @ query).max() / (query @ query)), file.shard)
                 for file in found
                 for each, held in self.stored[file.name].items()
             ]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.hooks import Contribution, Removal
-from sisa.flows.answers.routing import routing_hits, search_each
+from sisa.flows.answers.routing import routing_hits
 from sisa.flows.answers.serving import ServedHeads
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context
@@ -115,7 +115,8 @@ class Restricted(Model):
         context, queries = self.fake.context, fake_embed(["question 1", "question 7"])
         hidden = {(row.shard, row.vector_id) for row in restricted_rows(self.fake.ledger)}
         for top_k in (1, 4):
-            every = search_each(context, queries, MANY, by="prompts")
+            indexes = context.stores.ledger.indexes()
+            every = context.stores.index.search(indexes, queries, MANY, by="prompts")
             left = [[e for e in hits if (e.shard, e.vector_id) not in hidden][:top_k] for hits in every]
             assert routing_hits(context, queries, top_k) == left
 

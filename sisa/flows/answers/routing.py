@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from sisa.config.config import SisaBlock
 from sisa.core import ports
@@ -23,26 +23,11 @@ from sisa.store.index import EXACT_UP_TO
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 
 
-def search_each(
-    context: Context, queries: ports.Vectors, top_k: int, by: ports.By = "text"
-) -> list[list[Hit]]:
-    """Return the best hits over all shards for each query, best first.
-
-    A score is relative to the query's score with itself: equal texts score 1, whatever the length of
-    their vectors.
-    """
-    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
-    own = (queries * queries).sum(axis=1).tolist()
-    return [
-        [replace(hit, score=hit.score / square) for hit in hits]
-        for hits, square in zip(found, own, strict=True)
-    ]
-
-
 def routing_hits(context: Context, queries: ports.Vectors, top_k: int) -> list[list[Hit]]:
     """Return the best hits for prompts, as if no restricted record were in the index."""
     hidden = {(row.shard, row.vector_id) for row in restricted_rows(context.stores.ledger)}
-    found = search_each(context, queries, top_k + len(hidden), by="prompts")
+    indexes = context.stores.ledger.indexes()
+    found = context.stores.index.search(indexes, queries, top_k + len(hidden), by="prompts")
     return [[hit for hit in hits if (hit.shard, hit.vector_id) not in hidden][:top_k] for hits in found]
 
 

@@ -7,7 +7,7 @@ A name is a capitalised word that does not begin a sentence, without its `'s`. B
 as one: who was born in Porto in 1955 is not who was born there in 1971. Nothing is fitted on data and
 there is no list of names, so a vector depends on its text alone. Embedders of meaning confuse one
 novelist with another, but records are about somebody, and most questions name them. A score is relative
-to the query's own (`flows/answers/routing.py`), so equal texts score 1, named or not. Texts in scripts
+to the query's own (`RecordIndex.search`), so equal texts score 1, named or not. Texts in scripts
 without capitals, and prompts in lower case, name nobody. Nicknames and names that begin a sentence are
 missed, and in German every noun counts as a name.
 

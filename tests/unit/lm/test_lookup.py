@@ -40,12 +40,7 @@ def routes(
     }
 
     def search(queries: Vectors, top_k: int) -> list[list[Hit]]:
-        found = search_loaded([*loaded.values()], queries, top_k)
-        squares = (queries * queries).sum(axis=1)
-        return [
-            [Hit(hit.vector_id, hit.score / float(square), hit.shard) for hit in hits]
-            for hits, square in zip(found, squares, strict=True)
-        ]
+        return search_loaded([*loaded.values()], queries, top_k)
 
     def vectors(hits: Sequence[Hit]) -> Vectors:
         return np.stack([loaded[hit.shard].vectors[hit.vector_id] for hit in hits])
