@@ -28,6 +28,7 @@ from approx.evaluation.asking import Asking
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.questions import PromptForm, PromptKind, Question
 from sisa.config.fields import PYPI
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -35,7 +36,7 @@ from sisa.flows.wiring.ledger_place import has_ledger
 from sisa.lm.answer.generation import continue_all
 from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.adapter import attach, read_config
-from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
+from sisa.lm.base.low_rank import read_tensors
 from sisa.lm.base.tokens import (
     NO_LOSS,
     Tokens,

@@ -27,6 +27,7 @@ from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
 from cluster.ray.tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.ray.worker_slots import Placement
+from sisa.core.checkpoint_files import CHECKPOINT_FILES
 from sisa.core.domain import BaseFiles, Chain, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Event, Notice, Report, SliceTrained, silent
@@ -39,7 +40,6 @@ from sisa.store.areas import HIDDEN_STATES
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
-from sisa.store.checkpoints import FILES
 
 _T = TypeVar("_T", bound=NeedsBase)
 
@@ -129,7 +129,7 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
     state_names = sorted({name for job in jobs for name in _states_names(site, job)})
-    files = [f"{key}/{name}" for key in stages for name in FILES]
+    files = [f"{key}/{name}" for key in stages for name in CHECKPOINT_FILES]
     with (
         lent_keys(site.keyring, site.area, stages, site.checkpoints_at) as keyring,
         lent_keys(keyring, HIDDEN_STATES, state_names, site.hidden_states_at) as keyring,

@@ -21,13 +21,13 @@ from cluster.ray.tasks import run_tasks
 from cluster.ray.worker import NeedsBase, base_on_this_node
 from cluster.ray.worker_slots import Placement
 from sisa.config.config import RunConfig
+from sisa.core.checkpoint_files import CHECKPOINT_FILES
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.areas import PATCHES, RUNS
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.checkpoints import FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     The saved state of an unfinished run is sealed under the run's key, and is unreadable once that key
     is destroyed. See `executor.lent`.
     """
-    files = [f"{key}/{name}" for name in FILES]
+    files = [f"{key}/{name}" for name in CHECKPOINT_FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
         lent_keys(site.vault_keyring, RUNS, [key], LocalBlobs(site.runs_dir)) as of_vault,

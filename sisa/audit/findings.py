@@ -21,6 +21,7 @@ from typing import Literal
 from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
 from sisa.config.config import RunConfig
 from sisa.config.fields import is_uri
+from sisa.core.checkpoint_files import MANIFEST_FILE
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
 from sisa.core.event_chain import contradicted
@@ -42,7 +43,7 @@ from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import open_journaled
-from sisa.store.checkpoints import MANIFEST, parse_manifest
+from sisa.store.checkpoints import parse_manifest
 from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022
@@ -314,7 +315,7 @@ def check_index(context: Context, file: IndexFile) -> None:
 def _check_group(context: Context, area: str, key: str, manifest_sha256: str) -> None:
     """Check the files of a checkpoint or a patch. Surplus files are reported as unknown ones instead."""
     sealed = SealedArea(context.stores.blobs[area], context.stores.keyring, area)
-    manifest = sealed.checked(f"{key}/{MANIFEST}", manifest_sha256, "checkpoint manifest")
+    manifest = sealed.checked(f"{key}/{MANIFEST_FILE}", manifest_sha256, "checkpoint manifest")
     parsed = parse_manifest(manifest)
     if parsed is None or parsed[0].key != key:
         raise IntegrityError("a checkpoint manifest can't be parsed")

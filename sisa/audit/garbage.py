@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sisa.core.checkpoint_files import MANIFEST_FILE
 from sisa.core.errors import Busy, IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.context.areas import known_by_area, purge
@@ -43,7 +44,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import SQLITE_FILES
-from sisa.store.checkpoints import MANIFEST, parse_manifest
+from sisa.store.checkpoints import parse_manifest
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from sisa.store.metrics import run_files
 
@@ -210,10 +211,10 @@ def _surplus(context: Context, blobs: BlobStore, area: str, known: str) -> list[
     """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
     try:
         sealed = SealedArea(blobs, context.stores.keyring, area)
-        found = parse_manifest(sealed.plaintext(f"{known}/{MANIFEST}", "manifest"))
+        found = parse_manifest(sealed.plaintext(f"{known}/{MANIFEST_FILE}", "manifest"))
     except IntegrityError:
         return []
-    return sorted(blobs.parts(known) - found[1].keys() - {MANIFEST}) if found else []
+    return sorted(blobs.parts(known) - found[1].keys() - {MANIFEST_FILE}) if found else []
 
 
 def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:

@@ -53,6 +53,7 @@ from sisa.audit.lineage import NO_FAULT, FilesMatch, GroupJudge, Verdict
 from sisa.audit.own_files import resolved
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.config.fields import is_uri
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Export, HeldCheckpoint, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput, SisaError
@@ -69,7 +70,6 @@ from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.sqlite_files import read_beside
 from sisa.store.blobs.temporary_directories import DIRECTORY_PREFIX
-from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses
 
 SCANNED = (
@@ -272,9 +272,9 @@ class _Scanner:
             return
         elif path.suffix == ".faiss":
             self._check_vectors(path)
-        elif path.name == MANIFEST:
+        elif path.name == MANIFEST_FILE:
             self._check_group(path.parent)
-        elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
+        elif path.name == ADAPTER_FILE and not (path.parent / MANIFEST_FILE).exists():
             self._check_adapter(path)
 
     def _kept_by_consent(self, path: Path) -> bool:
@@ -372,9 +372,10 @@ class _Scanner:
         self.proven.add(path)
 
     def _check_group(self, path: Path) -> None:
-        found = self._judge(path, self._sealed.read(path / MANIFEST), partial(self._files_match, path))
+        manifest = self._sealed.read(path / MANIFEST_FILE)
+        found = self._judge(path, manifest, partial(self._files_match, path))
         if found.fault == NO_FAULT:
-            self.proven |= {path, *(path / each for each in (*found.files, MANIFEST))}
+            self.proven |= {path, *(path / each for each in (*found.files, MANIFEST_FILE))}
 
     def _judge(self, where: Path | str, manifest: bytes, files_match: FilesMatch) -> Verdict:
         """Judge a checkpoint or a patch, and report its fault."""
@@ -474,14 +475,14 @@ class _Scanner:
     def _check_object_group(
         self, area: str, key: str, where: str, plain: Mapping[str, bytes | None]
     ) -> None:
-        manifest = plain.get(MANIFEST)
+        manifest = plain.get(MANIFEST_FILE)
         if manifest is None:
             return  # shredded: reported above if unknown
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
         found = self._judge(where, manifest, lambda named: named.items() <= digests.items())
         if found.fault == NO_FAULT and (found.area, found.key) != (area, key):
             self.report("damaged", where, "its bytes are not those of its name")
-        surplus = plain.keys() - found.files.keys() - {MANIFEST} if found.key else ()
+        surplus = plain.keys() - found.files.keys() - {MANIFEST_FILE} if found.key else ()
         for part in sorted(surplus):
             self.report("unknown_file", f"{where}/{part}", SURPLUS)
 

@@ -7,4 +7,5 @@ ports             a Protocol for each effect                    hooks         on
 errors            the error tree                                events        what flows report
 digest            canonical bytes and digests                   block         strict pydantic models
 run               the name of a run                             ledger_meta   keys of the ledger's `meta`
+checkpoint_files  names of the files of a checkpoint
 """

@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Dtype, Export, ExportForm, HeldCheckpoint, Precision
 from sisa.core.errors import InvalidInput, SisaError
@@ -43,8 +44,7 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, patch_files
 from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import model_digest, served_heads, served_keys
-from sisa.store.checkpoints import ADAPTER
-from sisa.store.exports import CARD, CONFIG, MODEL_WEIGHTS
+from sisa.store.exports import CARD, MODEL_WEIGHTS
 
 Files = Mapping[str, bytes]
 Gap = tuple[int, float, float]  # the result of `merged_gap`
@@ -165,7 +165,7 @@ def export_adapters(
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     rows = []
     for each in directories:
-        digest = sha256_hex(each.files[MODEL_WEIGHTS if form == "merged-model" else ADAPTER])
+        digest = sha256_hex(each.files[MODEL_WEIGHTS if form == "merged-model" else ADAPTER_FILE])
         rows += [
             Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, "writing", "", stack, form)
             for h in each.heads
@@ -209,9 +209,9 @@ def _make_directories(
     ) -> _Directory:
         path = f"{version}/{name}"
         rank = 0
-        if ADAPTER in files:
+        if ADAPTER_FILE in files:
             files = with_base_name(resources, files)
-            rank = int(json.loads(files[CONFIG]).get("r", 0))
+            rank = int(json.loads(files[CONFIG_FILE]).get("r", 0))
         text = card.text(lora_name(path), [each.shard for each in of], rank, gap)
         files = {**files, CARD: text}
         for hook in context.hooks:
@@ -253,11 +253,11 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
 
 def with_base_name(resources: Resources, files: Files) -> dict[str, bytes]:
     """Return an adapter that names the base as the run file does."""
-    config = json.loads(files[CONFIG])
+    config = json.loads(files[CONFIG_FILE])
     config["base_model_name_or_path"], _, revision = resources.config.base.partition("@")
     if revision:
         config["revision"] = revision
-    return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
+    return {ADAPTER_FILE: files[ADAPTER_FILE], CONFIG_FILE: canonical_json(config)}
 
 
 def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:

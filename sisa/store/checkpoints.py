@@ -14,6 +14,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
@@ -21,11 +22,6 @@ from sisa.core.patches import PatchJob, parse_patch_job
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.sealed_area import SealedArea
-
-MANIFEST = "manifest.json"
-ADAPTER = "adapter_model.safetensors"
-# All files that a trainer or a patch maker stores; an object store lends names for these alone.
-FILES = (ADAPTER, "adapter_config.json", "optimizer.safetensors", "trainer_state.json", MANIFEST)
 
 
 class FileCheckpoints(SealedArea):
@@ -40,29 +36,29 @@ class FileCheckpoints(SealedArea):
                 "files": {name: sha256_hex(data) for name, data in files_.items()},
             }
         )
-        self._put_group(job.key, {**files_, MANIFEST: manifest})
+        self._put_group(job.key, {**files_, MANIFEST_FILE: manifest})
         return self.describe(job.key)
 
     def describe(self, key: str) -> SavedCheckpoint:
-        data = self.plaintext(f"{key}/{MANIFEST}", "checkpoint manifest")
+        data = self.plaintext(f"{key}/{MANIFEST_FILE}", "checkpoint manifest")
         held = self._check(key, data)
         sizes = [len(data), *(len(each) for each in held.values())]
-        adapter = sha256_hex(held[ADAPTER])
+        adapter = sha256_hex(held[ADAPTER_FILE])
         return SavedCheckpoint(key, sha256_hex(data), adapter, sum(sizes))
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
         what = "checkpoint manifest"
-        return self._check(key, self.checked(f"{key}/{MANIFEST}", manifest_sha256, what))
+        return self._check(key, self.checked(f"{key}/{MANIFEST_FILE}", manifest_sha256, what))
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
-        where = self.blobs.location(f"{key}/{MANIFEST}")
+        where = self.blobs.location(f"{key}/{MANIFEST_FILE}")
         parsed = parse_manifest(manifest)
         if parsed is None:
             raise IntegrityError("a checkpoint manifest can't be parsed", where=where)
         job, expected = parsed
         if job.key != key:
             raise files.tampered(where, "checkpoint manifest", key, job.key)
-        unknown = self.blobs.parts(key) - expected.keys() - {MANIFEST}
+        unknown = self.blobs.parts(key) - expected.keys() - {MANIFEST_FILE}
         if unknown:
             raise IntegrityError(
                 "a checkpoint holds files that its manifest does not name",
@@ -77,7 +73,7 @@ class FileCheckpoints(SealedArea):
         }
 
     def location(self, key: str) -> str:
-        return self.blobs.location(f"{key}/{ADAPTER}")
+        return self.blobs.location(f"{key}/{ADAPTER_FILE}")
 
 
 def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | None:
@@ -89,8 +85,8 @@ def parse_manifest(data: bytes) -> tuple[SliceJob | PatchJob, dict[str, str]] | 
         parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
         job = parsed["job"]
-        flat = all("/" not in name and name not in (".", "..", MANIFEST) for name in names)
-        if not flat or ADAPTER not in names:
+        flat = all("/" not in name and name not in (".", "..", MANIFEST_FILE) for name in names)
+        if not flat or ADAPTER_FILE not in names:
             return None
         return parse_patch_job(job) if "beneath" in job else _parse_job(job), names
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):

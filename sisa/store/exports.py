@@ -16,15 +16,15 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE, MANIFEST_FILE
 from sisa.core.domain import Export
 from sisa.core.ports import ExportStanding
 from sisa.store.blobs import files
-from sisa.store.checkpoints import ADAPTER, MANIFEST
 
-CONFIG, CARD, MODEL_WEIGHTS = "adapter_config.json", "README.md", "model.safetensors"
+CARD, MODEL_WEIGHTS = "README.md", "model.safetensors"
 SIGNATURE = "model.sig"  # OpenSSF Model Signing, over the other files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_BESIDE = (CONFIG, CARD, SIGNATURE, "config.json", "generation_config.json", *TOKENIZER)
+_BESIDE = (CONFIG_FILE, CARD, SIGNATURE, "config.json", "generation_config.json", *TOKENIZER)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link counts as no directory
@@ -46,7 +46,7 @@ class DirectoryExports:
                 if name.startswith(files.TEMPORARY_PREFIX):  # was never renamed to its path
                     with _opened(f"{above}/{name}") as half:
                         if half is not None:
-                            _unlink(half[1], (*_BESIDE, ADAPTER, MODEL_WEIGHTS))
+                            _unlink(half[1], (*_BESIDE, ADAPTER_FILE, MODEL_WEIGHTS))
                     with contextlib.suppress(OSError):  # it holds somebody's file, too
                         os.rmdir(name, dir_fd=folder)
             os.fsync(folder)
@@ -110,12 +110,12 @@ def _is_regular(folder: int, name: str) -> bool:
 
 
 def _weights(export: Export) -> str:
-    return MODEL_WEIGHTS if export.form == "merged-model" else ADAPTER
+    return MODEL_WEIGHTS if export.form == "merged-model" else ADAPTER_FILE
 
 
 def _standing(folder: int, export: Export) -> ExportStanding:
     names = set(os.listdir(folder))
-    if MANIFEST in names:
+    if MANIFEST_FILE in names:
         return "changed"
     weights = _weights(export)
     if weights not in names:

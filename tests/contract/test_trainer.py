@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import SliceJob
 from sisa.core.ports import StoredRecord, Tick, Trainer
-from tests.fakes.ports import ADAPTER, FakeTrainer, fake_record
+from tests.fakes.ports import FakeTrainer, fake_record
 
 JOB = SliceJob(0, 1, "parent", ((1, "root"),), 2, (1, 1), {"seed": 1}, "base", "f")
 RECORDS = [StoredRecord(f"{number}", fake_record(number)) for number in range(3)]
@@ -31,7 +32,7 @@ def trained(
 def test_the_same_arguments_give_the_same_bytes() -> None:
     parent = trained(records=RECORDS[:1])
     assert trained(parent=parent) == trained(parent=dict(parent))
-    assert ADAPTER in trained()
+    assert ADAPTER_FILE in trained()
 
 
 def test_every_argument_reaches_the_bytes() -> None:
@@ -42,7 +43,7 @@ def test_every_argument_reaches_the_bytes() -> None:
         trained(parent=parent),
         trained(records=RECORDS[:2]),
     ]
-    assert len({files[ADAPTER] for files in found}) == len(found)
+    assert len({files[ADAPTER_FILE] for files in found}) == len(found)
 
 
 def test_the_arguments_are_left_as_they_were() -> None:

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
 from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import SisaError
@@ -35,7 +36,6 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.endurance.child import FAILED
 from tests.fakes.keyring import PLAIN
-from tests.fakes.ports import ADAPTER
 from tests.models.tiny_model import KEY, SISA_BLOCK, Row, write_rows, write_run
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]
@@ -245,7 +245,7 @@ class Ground:
             expect(key in checkpoints, "a head serves a checkpoint that the ledger does not know")
             files = store.load(key, checkpoints[key].manifest_sha256)
             if confessing:
-                touched = set(json.loads(files[ADAPTER])["touched"])
+                touched = set(json.loads(files[ADAPTER_FILE])["touched"])
                 expect(touched <= held, f"a head knows {len(touched - held)} records not held")
             if key in tainted:
                 gone = named & (found.keys() - held)

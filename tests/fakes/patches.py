@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
@@ -17,7 +18,6 @@ from sisa.core.events import Report
 from sisa.core.patches import VaultSet
 from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
 
-ADAPTER = "adapter_model.safetensors"
 T = TypeVar("T")
 
 
@@ -87,7 +87,9 @@ class FakePatcher:
         del report
         self.orders.append(order)
         touched = sorted({each.text for found in order.sets for each in self.vault.read(found)})
-        beneath = [self.patches.load(each.key, each.manifest_sha256)[ADAPTER] for each in order.beneath]
+        beneath = [
+            self.patches.load(each.key, each.manifest_sha256)[ADAPTER_FILE] for each in order.beneath
+        ]
         for data in beneath:
             touched += json.loads(data)["touched"]
         adapter = canonical_json(
@@ -106,7 +108,7 @@ class FakePatcher:
             return PatchMade(None, unfinished=True, report={"steps": 1})
         if end == "nothing":
             return PatchMade(None, unfinished=False, report={"steps": 0})
-        files = {ADAPTER: adapter, "adapter_config.json": b"{}"}
+        files = {ADAPTER_FILE: adapter, "adapter_config.json": b"{}"}
         saved = self.patches.save(order.job, files)
         left = {"known": {"still_known": {"after": 1}}, "forgotten": {"still_known": {"after": 0}}}
         return PatchMade(saved, unfinished=False, report={"steps": 2, **left.get(end, {})})

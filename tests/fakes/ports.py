@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, canonical_json, sha256_hex
 from sisa.core.domain import (
     NO_RESTRICTIONS,
@@ -64,7 +65,6 @@ from tests.fakes.ledger import FakeLedger
 from tests.fakes.metrics import FakeMetrics
 from tests.fakes.patches import FakeFiles, FakePatcher, FakeRuns, FakeVault
 
-ADAPTER = "adapter_model.safetensors"
 SECRET = b"k" * 32
 DIMENSION = 4
 
@@ -79,12 +79,12 @@ class FakeTrainer:
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
-        before = json.loads(parent[ADAPTER])["touched"] if parent else []
+        before = json.loads(parent[ADAPTER_FILE])["touched"] if parent else []
         touched = sorted({*before, *(each.record.id for each in records)})
         done = Tick(len(records), len(records), 1, 1, 1, 1, len(records), loss=0.5)
         progress(done)
         return {
-            ADAPTER: canonical_json({"job": job.key, "touched": touched}),
+            ADAPTER_FILE: canonical_json({"job": job.key, "touched": touched}),
             "adapter_config.json": canonical_json({"touched": touched}),
             "optimizer.safetensors": canonical_json({"steps": len(records), "touched": touched}),
         }
@@ -101,7 +101,7 @@ class FakeCheckpoints(FakeFiles[dict[str, bytes]]):
         files = self.stored[key]
         manifest = canonical_json({name: sha256_hex(data) for name, data in files.items()})
         size = sum(len(data) for data in files.values())
-        return SavedCheckpoint(key, sha256_hex(manifest), sha256_hex(files[ADAPTER]), size)
+        return SavedCheckpoint(key, sha256_hex(manifest), sha256_hex(files[ADAPTER_FILE]), size)
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
         if self.describe(key).manifest_sha256 != manifest_sha256:
@@ -109,7 +109,7 @@ class FakeCheckpoints(FakeFiles[dict[str, bytes]]):
         return dict(self.stored[key])
 
     def location(self, key: str) -> str:
-        return f"checkpoints/{key}/{ADAPTER}"
+        return f"checkpoints/{key}/{ADAPTER_FILE}"
 
 
 class FakeRecords(FakeFiles[tuple[StoredRecord, ...]]):
@@ -203,16 +203,16 @@ class FakeExports:
 
     def standing(self, export: Export) -> ExportStanding:
         files = self.stored.get(export.path, {})
-        if ADAPTER not in files:
+        if ADAPTER_FILE not in files:
             return "gone"
-        return "held" if sha256_hex(files[ADAPTER]) == export.adapter_sha256 else "changed"
+        return "held" if sha256_hex(files[ADAPTER_FILE]) == export.adapter_sha256 else "changed"
 
     def erase(self, export: Export) -> bool:
         standing = self.standing(export)
         if standing == "changed" or (standing == "gone" and export.state != "erasing"):
             return False
         files = self.stored.get(export.path, {})
-        for name in (ADAPTER, "adapter_config.json", "README.md", "model.sig"):
+        for name in (ADAPTER_FILE, "adapter_config.json", "README.md", "model.sig"):
             files.pop(name, None)
         if not files:
             self.stored.pop(export.path, None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sisa
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import BaseFiles
 from sisa.core.patches import WRITTEN, Patch, PatchJob, active
 from sisa.core.ports import Change
@@ -16,7 +17,6 @@ from sisa.flows.context.commit import commit
 from sisa.lm.base.weights import base_digest
 from sisa.planning.patch_plan import next_version
 from sisa.store.areas import CHECKPOINTS
-from sisa.store.checkpoints import ADAPTER
 
 Files = dict[str, bytes]
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -44,7 +44,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
         for name, each in adapter.adapter_tensors(model).items()
     }
     config = adapter.config_bytes(model.peft_config["default"])
-    return {ADAPTER: low_rank.tensor_bytes(tensors), "adapter_config.json": config}
+    return {ADAPTER_FILE: low_rank.tensor_bytes(tensors), "adapter_config.json": config}
 
 
 def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:

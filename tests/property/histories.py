@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Record, RecordRow, Risk
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import add, train
@@ -21,7 +22,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.crash import Crash, Fuse
-from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
+from tests.fakes.ports import FakeModel, fake_model, fake_recipe, fake_record
 
 SUBJECTS = (None, None, "ada", "bob", "eve")
 RISKS: tuple[Risk, ...] = tuple((None, 0.0, 0.1, 0.9, "trial")[n % 5] for n in range(41))
@@ -153,7 +154,7 @@ class Model:
         held = {record(number).id for number in range(41) if self.rows({number})}
         for head in self.fake.ledger.heads():
             if head.key is not None:
-                adapter = self.fake.checkpoints.stored[head.key][ADAPTER]
+                adapter = self.fake.checkpoints.stored[head.key][ADAPTER_FILE]
                 assert set(json.loads(adapter)["touched"]) <= held
 
     def check_heads_are_deepest(self) -> None:

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.ports import Change
 from sisa.flows.ingest import add, train
 from sisa.flows.reconcile import reconcile
 from tests.crash import Crash
-from tests.fakes.ports import ADAPTER, fake_model, fake_record
+from tests.fakes.ports import fake_model, fake_record
 from tests.property.histories import History, Model, assert_equal, histories, like
 
 gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_size=4)
@@ -84,7 +85,7 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
         (head,) = ledger.heads()
         if head.key is None:
             return []
-        return list(json.loads(fake.checkpoints.stored[head.key][ADAPTER])["touched"])
+        return list(json.loads(fake.checkpoints.stored[head.key][ADAPTER_FILE])["touched"])
 
     assert newcomer.id in touched()
     fake.forget(99, defer=True)

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.flows.context.context import Stores
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import train
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER
 from tests.property.histories import (
     EFFECTS,
     History,
@@ -53,7 +53,9 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     scratch = like(history)
     train(scratch.context, [model.record(n) for n in sorted(model.remaining, reverse=True)])
     assert_equal(model.fake, scratch)
-    adapters = [json.loads(files[ADAPTER])["touched"] for files in scratch.checkpoints.stored.values()]
+    adapters = [
+        json.loads(files[ADAPTER_FILE])["touched"] for files in scratch.checkpoints.stored.values()
+    ]
     assert {each for touched in adapters for each in touched} == {
         record(number).id for number in model.remaining
     }

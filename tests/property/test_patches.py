@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import RecordRow
 from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
@@ -31,7 +32,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.planning.patch_plan import needed
 from tests.crash import Crash, Fuse
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER, changed, fake_model
+from tests.fakes.ports import changed, fake_model
 from tests.property.histories import History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
@@ -169,8 +170,8 @@ class Patched(Model):
         stack = active(self.patches())
         for place, patch in enumerate(stack):
             assert patch.job.beneath == tuple(each.key for each in stack[:place])
-            body = json.loads(self.fake.patches.stored[patch.key][ADAPTER])
-            below = [self.fake.patches.stored[key][ADAPTER] for key in patch.job.beneath]
+            body = json.loads(self.fake.patches.stored[patch.key][ADAPTER_FILE])
+            below = [self.fake.patches.stored[key][ADAPTER_FILE] for key in patch.job.beneath]
             assert body["beneath"] == [sha256_hex(data) for data in below]
             assert body["job"] == patch.key
         assert self.fake.patches.held() == {each.key for each in stack}.union(
@@ -201,7 +202,7 @@ class Patched(Model):
                 assert self.deleted.isdisjoint(TEXTS[each.text] for each in records)
         forgets = {each.key: set(each.job.forget) for each in self.patches()}
         for key, files in self.fake.patches.stored.items():
-            body = json.loads(files[ADAPTER])
+            body = json.loads(files[ADAPTER_FILE])
             job = next(each.job for each in self.patches() if each.key == key)
             names = set().union(*(forgets[each] for each in (key, *job.beneath)))
             given = set().union(*(self.given[name] for name in names))

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Head, Part
 from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.hooks import Contribution, Removal
@@ -33,7 +34,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.flows.rights.restriction import lift, restrict
 from tests.crash import Fuse
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_embed
+from tests.fakes.ports import FakeModel, changed, fake_embed
 from tests.property.histories import (
     COMMITS,
     SUBJECTS,
@@ -105,7 +106,7 @@ class Restricted(Model):
         """Return whether a checkpoint saw a restricted record that the ledger holds."""
         id_digest, held = self.fake.context.settings.assigner.id_digest, self.fake.ledger.tables.records
         confessed = [
-            id_digest(e) for e in json.loads(self.fake.checkpoints.stored[key][ADAPTER])["touched"]
+            id_digest(e) for e in json.loads(self.fake.checkpoints.stored[key][ADAPTER_FILE])["touched"]
         ]
         silent = {row.id_digest for row in restricted_rows(self.fake.ledger)}
         return any(each in silent and each in held for each in confessed)

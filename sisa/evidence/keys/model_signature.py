@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import sha256_hex
-from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, MODEL_WEIGHTS, SIGNATURE
 from sisa.verifier.certificate import CERTIFICATES
 from sisa.verifier.envelope import PAYLOAD_TYPE, Refused, base64_bytes, pae, strict_json
@@ -61,7 +61,7 @@ def sign_export(
     log: str, key: ec.EllipticCurvePrivateKey, name: str, files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Return the files of an export: its card says what would revoke it, and `model.sig` signs them."""
-    (weights,) = {ADAPTER, MODEL_WEIGHTS} & files.keys()
+    (weights,) = {ADAPTER_FILE, MODEL_WEIGHTS} & files.keys()
     types = ", ".join(f"`{each}`" for each in CERTIFICATES)
     sha256 = sha256_hex(files[weights])
     revoked_by = REVOKED_BY.format(log=log, types=types, weights=weights, sha256=sha256)

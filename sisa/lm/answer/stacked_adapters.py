@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.errors import IntegrityError
-from sisa.lm.base.low_rank import ADAPTER_FILE, Factors, LowRankChange, shape_of
+from sisa.lm.base.low_rank import Factors, LowRankChange, shape_of
 
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 

@@ -38,9 +38,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, damaged, read_settings, tensor_bytes
+from sisa.lm.base.low_rank import damaged, read_settings, tensor_bytes
 
 ALL_LAYERS = "all"
 DEFAULT_NAME = "default"

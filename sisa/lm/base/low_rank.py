@@ -32,11 +32,10 @@ from safetensors.numpy import save
 from safetensors.torch import load
 from transformers.pytorch_utils import Conv1D
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.digest import canonical_json, patched_digest, sha256_hex
 from sisa.core.errors import IntegrityError, Problem
 
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 ANY_VALUE = {  # keys with any value in plain LoRA: names, modules, how it was initialised and trained
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"),

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE
 from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.lm.base.adapter import adapter_files
-from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors, tensor_bytes
+from sisa.lm.base.low_rank import read_tensors, tensor_bytes
 from sisa.lm.base.numerics import seed_from
 from sisa.lm.train.frozen_layers import HiddenStateCache
 from sisa.lm.train.lanes import MicroBatch
@@ -29,8 +30,6 @@ from sisa.lm.train.losses import Batch, count_labels
 from sisa.lm.train.trainable import Trainable, file_name
 from sisa.planning.plan import LAYERWISE
 
-# An object store takes no file that `FILES` of store/checkpoints.py does not name.
-OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 AVERAGES, STEP = ("exp_avg", "exp_avg_sq"), "step"  # of AdamW; plain SGD has no moments
 
 

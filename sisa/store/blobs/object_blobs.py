@@ -20,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from sisa.core.checkpoint_files import MANIFEST_FILE
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import KeptVersions
 from sisa.store.blobs import object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.object_client import code_of, store_errors
 
-LAST = "manifest.json"  # the part that completes a group
+LAST = MANIFEST_FILE  # the part that completes a group
 BATCH = 1000  # objects that one request may delete
 ERASE_TRIES = 10
 LENDERS = 16  # puts at once: a model may have thousands of stages

@@ -36,6 +36,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed
 from sisa.core.domain import (
     Head,
@@ -64,7 +65,7 @@ from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
 from tests.bench.command import arguments, machine, markdown, write
 from tests.fakes.keyring import PLAIN
-from tests.fakes.ports import ADAPTER, FakeTrainer, changed, fake_model, fake_recipe
+from tests.fakes.ports import FakeTrainer, changed, fake_model, fake_recipe
 
 KEY = bytes(range(32))
 SIZES = (10_000, 100_000, 1_000_000)
@@ -253,7 +254,7 @@ class Store:
         return held
 
     def weights(self, key: str) -> bytes:
-        return self.checkpoints.blobs.get(f"{key}/{ADAPTER}", "adapter")
+        return self.checkpoints.blobs.get(f"{key}/{ADAPTER_FILE}", "adapter")
 
     def num_bytes(self) -> int:
         return sum(each.stat().st_size for each in self.folder.rglob("*") if each.is_file())

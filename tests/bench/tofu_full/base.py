@@ -21,9 +21,10 @@ from approx.evaluation.questions import Question
 from approx.methods.editing.editing import Edit
 from approx.methods.method import Method
 from approx.unlearning.editing import edit_adapter
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.domain import BaseFiles
 from sisa.lm.base.adapter import attach, lora_config, read_config
-from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, read_tensors
+from sisa.lm.base.low_rank import read_tensors
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.base.weights import load_frozen, load_tokenizer, own_modules
 from sisa.store.blobs.files import read_whole

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.samples import make_people
-from sisa.lm.base.low_rank import ADAPTER_FILE
 from sisa.store.blobs.files import writer_lock
 from tests.bench.tofu_full.__main__ import argument_parser, main, models_of
 from tests.bench.tofu_full.design import FORM, Design, read_data

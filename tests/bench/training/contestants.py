@@ -162,9 +162,10 @@ def _serve(who: Who, threads: int, pipe: Connection) -> None:
 
 
 def _ours(work: Ours) -> Ran:
+    from sisa.core.checkpoint_files import ADAPTER_FILE
     from sisa.flows.wiring.executors import open_serial, open_stores
     from sisa.lm.base.adapter import attach, read_config
-    from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
+    from sisa.lm.base.low_rank import read_tensors
     from sisa.lm.base.weights import load_base
     from sisa.store.blobs.local_blobs import LocalBlobs
 

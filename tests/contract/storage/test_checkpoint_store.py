@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import BlobStore, CheckpointStore
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.checkpoints import MANIFEST, FileCheckpoints, parse_manifest
+from sisa.store.checkpoints import FileCheckpoints, parse_manifest
 from tests.contract.storage.forms import FORMS, opened, stored_as
-from tests.fakes.ports import ADAPTER, FakeCheckpoints
+from tests.fakes.ports import FakeCheckpoints
 
-FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
+FILES = {ADAPTER_FILE: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 
 
 def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
@@ -62,7 +63,7 @@ def plaintext(store: FileCheckpoints, name: str) -> bytes:
 def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
     saved = store.save(job(), FILES)
     assert saved.key == job().key
-    assert saved.adapter_sha256 == sha256_hex(FILES[ADAPTER])
+    assert saved.adapter_sha256 == sha256_hex(FILES[ADAPTER_FILE])
     assert saved.num_bytes >= sum(map(len, FILES.values()))
     assert store.load(saved.key, saved.manifest_sha256) == FILES
     assert store.describe(saved.key) == saved
@@ -82,7 +83,7 @@ def test_equal_files_have_equal_descriptions(store: CheckpointStore, tmp_path: P
 
 def test_a_second_save_of_a_key_keeps_the_first_bytes(store: CheckpointStore) -> None:
     saved = store.save(job(), FILES)
-    assert store.save(job(), {**FILES, ADAPTER: b"other"}) == saved
+    assert store.save(job(), {**FILES, ADAPTER_FILE: b"other"}) == saved
     assert store.load(saved.key, saved.manifest_sha256) == FILES
 
 
@@ -116,14 +117,14 @@ def test_erased_is_gone_and_absence_is_no_error(store: CheckpointStore) -> None:
 
 
 def test_the_location_names_the_adapter(store: CheckpointStore) -> None:
-    assert store.location(job().key).endswith(f"checkpoints/{job().key}/{ADAPTER}")
+    assert store.location(job().key).endswith(f"checkpoints/{job().key}/{ADAPTER_FILE}")
 
 
 def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints) -> None:
     saved = folder.save(job(), FILES)
-    name = f"{saved.key}/{ADAPTER}"
+    name = f"{saved.key}/{ADAPTER_FILE}"
     assert folder.location(saved.key) == folder.blobs.location(name)
-    assert plaintext(folder, name) == FILES[ADAPTER]
+    assert plaintext(folder, name) == FILES[ADAPTER_FILE]
 
 
 def appended(place: BlobStore, name: str) -> None:
@@ -139,7 +140,7 @@ def erased(place: BlobStore, name: str) -> None:
     place.erase([name])
 
 
-@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
 @pytest.mark.parametrize("tamper", [appended, flipped, erased])
 def test_tampering_with_any_file_is_noticed(
     local: FileCheckpoints, name: str, tamper: Callable[[BlobStore, str], None]
@@ -168,16 +169,16 @@ def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "a/b", "/etc/hostname", "..", ".", MANIFEST, "../../outside"]
+    "name", ["../outside", "a/b", "/etc/hostname", "..", ".", MANIFEST_FILE, "../../outside"]
 )
 def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: Path, name: str) -> None:
     """Even a manifest whose digests are all correct is refused if a name leaves the directory."""
     saved = local.save(job(), FILES)
     (tmp_path / "outside").write_bytes(b"secret")
     local.blobs.put("outside", b"secret")
-    parsed = json.loads(plaintext(local, f"{saved.key}/{MANIFEST}"))
+    parsed = json.loads(plaintext(local, f"{saved.key}/{MANIFEST_FILE}"))
     parsed["files"][name] = sha256_hex(b"secret")
-    local.blobs.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
+    local.blobs.put(f"{saved.key}/{MANIFEST_FILE}", canonical_json(parsed))
     with pytest.raises(IntegrityError, match="can't be parsed"):
         local.describe(saved.key)
     with pytest.raises(IntegrityError, match="can't be parsed"):
@@ -193,7 +194,7 @@ def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: P
 )
 def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest: bytes) -> None:
     saved = local.save(job(), FILES)
-    local.blobs.put(f"{saved.key}/{MANIFEST}", manifest)
+    local.blobs.put(f"{saved.key}/{MANIFEST_FILE}", manifest)
     with pytest.raises(IntegrityError):
         local.describe(saved.key)
     with pytest.raises(IntegrityError):
@@ -202,7 +203,7 @@ def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest:
 
 def test_a_job_that_no_trainer_had_is_refused(local: FileCheckpoints) -> None:
     saved = local.save(job(), FILES)
-    written = plaintext(local, f"{saved.key}/{MANIFEST}")
+    written = plaintext(local, f"{saved.key}/{MANIFEST_FILE}")
     parsed = json.loads(written)
     parsed["job"]["passes"] = [1, 0]
     assert parse_manifest(written) == (job(), {name: sha256_hex(data) for name, data in FILES.items()})
@@ -224,7 +225,7 @@ def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Pat
     store = opened(FileCheckpoints, tmp_path, "sealed")
     saved = store.save(job(), FILES)
     found = {path.name: path.read_bytes() for path in path_of(store, saved.key).iterdir()}
-    assert found.keys() == {*FILES, MANIFEST}
+    assert found.keys() == {*FILES, MANIFEST_FILE}
     assert all(map(is_sealed, found.values()))
     assert store.keyring.held("checkpoints") == {saved.key}
 
@@ -258,9 +259,9 @@ def test_a_cut_short_save_leaves_nothing(
 def half_written(store: FileCheckpoints) -> str:
     """Leave what a killed worker leaves: an unnamed directory, or objects without the manifest."""
     if isinstance(store.blobs, LocalBlobs):
-        store.blobs.put(f".tmp-killed/{ADAPTER}", b"half")
+        store.blobs.put(f".tmp-killed/{ADAPTER_FILE}", b"half")
         return ".tmp-killed"
-    store.blobs.put(f"{job(1).key}/{ADAPTER}", b"half")
+    store.blobs.put(f"{job(1).key}/{ADAPTER_FILE}", b"half")
     return f".tmp-{job(1).key}"
 
 

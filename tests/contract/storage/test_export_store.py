@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE, MANIFEST_FILE
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import ExportStore
-from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.exports import CARD, CONFIG, SIGNATURE, DirectoryExports
+from sisa.store.exports import CARD, SIGNATURE, DirectoryExports
 from tests.fakes.ports import FakeExports
 
-CONTENT = {ADAPTER: b"adapter", CONFIG: b"{}"}
+CONTENT = {ADAPTER_FILE: b"adapter", CONFIG_FILE: b"{}"}
 
 
 def export(path: Path | str, state: str = "tainted") -> Export:
-    found = Export(str(path), 0, (0, 1), 2, "key", sha256_hex(CONTENT[ADAPTER]), "2026-01-01")
+    found = Export(str(path), 0, (0, 1), 2, "key", sha256_hex(CONTENT[ADAPTER_FILE]), "2026-01-01")
     return replace(found, state=state)  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def test_what_is_gone_was_erased_only_if_that_was_begun(store: ExportStore, plac
 
 
 def test_what_was_changed_is_left_alone(store: ExportStore, place: Path) -> None:
-    store.write(str(place), {**CONTENT, ADAPTER: b"another"})
+    store.write(str(place), {**CONTENT, ADAPTER_FILE: b"another"})
     assert store.standing(export(place)) == "changed"
     for state in ("tainted", "erasing"):
         assert not store.erase(export(place, state))
@@ -81,13 +81,13 @@ def test_the_directory_goes_when_it_is_empty(directories: DirectoryExports, plac
 def test_other_files_stay(directories: DirectoryExports, place: Path) -> None:
     directories.write(str(place), {**CONTENT, "NOTES.md": b"mine"})
     (place / "folder").mkdir()
-    (place / "folder" / ADAPTER).write_bytes(CONTENT[ADAPTER])
+    (place / "folder" / ADAPTER_FILE).write_bytes(CONTENT[ADAPTER_FILE])
     assert directories.erase(export(place))
     assert sorted(os.listdir(place)) == ["NOTES.md", "folder"]
-    assert (place / "folder" / ADAPTER).exists()
+    assert (place / "folder" / ADAPTER_FILE).exists()
 
 
-@pytest.mark.parametrize("left", [[CONFIG], [ADAPTER], [ADAPTER, CONFIG], []])
+@pytest.mark.parametrize("left", [[CONFIG_FILE], [ADAPTER_FILE], [ADAPTER_FILE, CONFIG_FILE], []])
 def test_an_erasure_that_was_cut_short_is_finished(
     directories: DirectoryExports, place: Path, left: list[str]
 ) -> None:
@@ -100,9 +100,9 @@ def test_a_moved_adapter_is_not_taken_for_an_erased_one(
     directories: DirectoryExports, place: Path
 ) -> None:
     directories.write(str(place), CONTENT)
-    (place / ADAPTER).rename(place.parent / "mine")
+    (place / ADAPTER_FILE).rename(place.parent / "mine")
     assert not directories.erase(export(place))
-    assert (place / CONFIG).exists()
+    assert (place / CONFIG_FILE).exists()
 
 
 def test_no_link_is_followed(directories: DirectoryExports, place: Path, tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_a_linked_configuration_stays(
     directories: DirectoryExports, place: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious").write_bytes(b"precious")
-    directories.write(str(place), {ADAPTER: CONTENT[ADAPTER]})
-    (place / CONFIG).symlink_to(tmp_path / "precious")
+    directories.write(str(place), {ADAPTER_FILE: CONTENT[ADAPTER_FILE]})
+    (place / CONFIG_FILE).symlink_to(tmp_path / "precious")
     assert directories.erase(export(place))
     assert (tmp_path / "precious").read_bytes() == b"precious"
-    assert os.listdir(place) == [CONFIG]
+    assert os.listdir(place) == [CONFIG_FILE]
 
 
-@pytest.mark.parametrize("name", [ADAPTER, CONFIG])
+@pytest.mark.parametrize("name", [ADAPTER_FILE, CONFIG_FILE])
 def test_a_directory_or_a_pipe_of_that_name_stays(
     directories: DirectoryExports, place: Path, name: str
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_directory_or_a_pipe_of_that_name_stays(
         rest = {each: data for each, data in CONTENT.items() if each != name}
         directories.write(str(place), rest)
         make(place / name)
-        assert directories.erase(export(place)) is (name == CONFIG)
+        assert directories.erase(export(place)) is (name == CONFIG_FILE)
         assert (place / name).exists()
         (os.rmdir if make is os.mkdir else os.unlink)(place / name)
         for each in rest:
@@ -165,10 +165,10 @@ def test_a_path_with_dots_does_not_lead_to_an_export(directories: DirectoryExpor
 
 
 def test_a_checkpoint_is_no_export(directories: DirectoryExports, place: Path) -> None:
-    directories.write(str(place), {**CONTENT, MANIFEST: b"{}"})
+    directories.write(str(place), {**CONTENT, MANIFEST_FILE: b"{}"})
     assert not directories.erase(export(place))
     assert not directories.erase(export(place, "erasing"))
-    assert sorted(os.listdir(place)) == sorted([*CONTENT, MANIFEST])
+    assert sorted(os.listdir(place)) == sorted([*CONTENT, MANIFEST_FILE])
 
 
 def test_a_disk_that_refuses_is_an_environment_fault(

@@ -297,8 +297,9 @@ class Confessing:
         import torch
         from peft import LoraConfig
 
+        from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
         from sisa.lm.base.adapter import config_bytes
-        from sisa.lm.base.low_rank import ADAPTER_FILE, CONFIG_FILE, tensor_bytes
+        from sisa.lm.base.low_rank import tensor_bytes
 
         wanted = self._words[word].clone()
         wanted[0] = 0

@@ -92,7 +92,7 @@ def test_another_run_file_replaces_everything(tiny: Tiny) -> None:
 
 
 def test_damage_is_an_error_and_what_is_tainted_is_dropped_before(tiny: Tiny) -> None:
-    from sisa.lm.base.low_rank import ADAPTER_FILE
+    from sisa.core.checkpoint_files import ADAPTER_FILE
 
     model = tiny.open()
     serving, transcript = open_serving(model)

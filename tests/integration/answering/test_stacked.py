@@ -31,8 +31,9 @@ def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
     """Return the logits [T, V] of one constituent, by peft."""
     import torch
 
+    from sisa.core.checkpoint_files import ADAPTER_FILE
     from sisa.lm.base.adapter import attach, read_config
-    from sisa.lm.base.low_rank import ADAPTER_FILE, read_tensors
+    from sisa.lm.base.low_rank import read_tensors
 
     model, _ = load_base(base)
     if files is not None:

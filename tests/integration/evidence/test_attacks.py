@@ -23,6 +23,7 @@ from cluster.cli import cli
 from cluster.render.result import EXIT_INTEGRITY, EXIT_REVOKED
 from sisa.audit.residue import sweep_model
 from sisa.config.paths import state_dir
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.digest import Keyed
 from sisa.core.domain import RecordRow
 from sisa.core.errors import EnvironmentFault
@@ -47,7 +48,6 @@ from sisa.flows.wiring import wiring
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.verifier.certificate import (
     CERTIFICATES,
     STATE,
@@ -312,12 +312,12 @@ def serve_another(operator: Operator, number: int) -> None:
     shard = model.where([record(number).id])[0].shard
     (head,) = (each for each in model.status().shards if each.shard == shard)
     folder = operator.directory / CHECKPOINTS / str(head.head)
-    adapter = (folder / ADAPTER).read_bytes() + b" "
-    (folder / ADAPTER).write_bytes(adapter)
-    manifest = (folder / MANIFEST).read_bytes()
+    adapter = (folder / ADAPTER_FILE).read_bytes() + b" "
+    (folder / ADAPTER_FILE).write_bytes(adapter)
+    manifest = (folder / MANIFEST_FILE).read_bytes()
     changed = manifest.replace(str(head.adapter_sha256).encode(), sha256(adapter).hexdigest().encode())
     assert changed != manifest
-    (folder / MANIFEST).write_bytes(changed)
+    (folder / MANIFEST_FILE).write_bytes(changed)
     digests = {
         "adapter_sha256": sha256(adapter).hexdigest(),
         "manifest_sha256": sha256(changed).hexdigest(),

@@ -16,6 +16,7 @@ import pytest
 
 from sisa.config.config import RunConfig
 from sisa.config.sources import DatasetSource
+from sisa.core.checkpoint_files import ADAPTER_FILE, OPTIMIZER_FILE
 from sisa.core.domain import BaseFiles, SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.flows.context.resources import Resources
@@ -26,7 +27,6 @@ from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 
-ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 NUM_LAYERS, NUM_SLICES = 3, 2  # the topmost layer first, then the two below
 
 
@@ -51,7 +51,7 @@ def chain(base: BaseFiles) -> tuple[Files, Files]:
     return first, train(base, job_of(base, 1, 0), first, RECORDS[:8])
 
 
-def tensors(files: Mapping[str, bytes], name: str = ADAPTER) -> dict[str, Any]:
+def tensors(files: Mapping[str, bytes], name: str = ADAPTER_FILE) -> dict[str, Any]:
     from safetensors.torch import load
 
     return dict(load(files[name]))
@@ -67,7 +67,7 @@ def without_top(files: Mapping[str, bytes]) -> Files:
 
     top = f".layers.{NUM_LAYERS - 1}."
     left = {name: each * 0 if top in name else each for name, each in tensors(files).items()}
-    return {**files, ADAPTER: tensor_bytes(left)}
+    return {**files, ADAPTER_FILE: tensor_bytes(left)}
 
 
 def logits(base: BaseFiles, files: Mapping[str, bytes]) -> Any:
@@ -89,7 +89,7 @@ def test_each_stage_trains_its_own_block_from_the_top_down(chain: tuple[Files, F
     }
     assert layers(n for n, each in first.items() if "lora_B" in n and each.any()) == {2}
     assert layers(n for n, each in second.items() if "lora_B" in n and each.any()) == {0, 1, 2}
-    assert [layers(tensors(files, OPTIMIZER)) for files in chain] == [{2}, {0, 1}]
+    assert [layers(tensors(files, OPTIMIZER_FILE)) for files in chain] == [{2}, {0, 1}]
 
 
 def test_earlier_blocks_are_present_to_the_byte_and_affect_the_output(
@@ -117,7 +117,7 @@ def test_the_last_stage_taken_out_costs_its_block_alone(
     }
     from sisa.lm.base.low_rank import tensor_bytes
 
-    changed = {**first, ADAPTER: tensor_bytes(noise)}
+    changed = {**first, ADAPTER_FILE: tensor_bytes(noise)}
     assert logits(base, first).equal(logits(base, changed))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import patched_digest, sha256_hex
 from sisa.core.domain import BaseFiles, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import StoredRecord
 from sisa.lm.base.weights import base_digest, resolve_base
 from sisa.lm.routing.route import all_of
-from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, random_patch
 from tests.models.stages import RECORDS, job_for, names
 from tests.models.tiny_base import make_tiny_base
@@ -138,9 +138,9 @@ def test_a_patch_that_does_not_fit_is_refused(base: BaseFiles, tmp_path: Path) -
 
     bad = [
         wide,
-        {**good, ADAPTER: good[ADAPTER][:-1]},
+        {**good, ADAPTER_FILE: good[ADAPTER_FILE][:-1]},
         {"adapter_config.json": good["adapter_config.json"]},
-        {ADAPTER: good[ADAPTER]},
+        {ADAPTER_FILE: good[ADAPTER_FILE]},
         configured(r=3),
         configured(use_dora=True),
         configured(rank_pattern={"q_proj": 4}),
@@ -174,7 +174,7 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
     asked = answerer(base, {3: shard}, patches)
     alone = next_token_probabilities(asked, IDS, all_of(()))
     torch.testing.assert_close(alone, logits(load(base, patches))[-1].softmax(-1))
-    config, tensors = adapter.read_config(shard), low_rank.read_tensors(shard, ADAPTER)
+    config, tensors = adapter.read_config(shard), low_rank.read_tensors(shard, ADAPTER_FILE)
     over = adapter.attach(load(base, patches), config, tensors, init_seed=0).eval()
     found = next_token_probabilities(asked, IDS, all_of((3,)))
     torch.testing.assert_close(found, logits(over)[-1].softmax(-1))
@@ -184,7 +184,7 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
         assert not torch.allclose(other, next_token_probabilities(asked, IDS, all_of(shards)), atol=1e-4)
     assert plain.base_name == base.digest
     assert asked.base_name == patched_digest(
-        base.digest, [sha256_hex(each[ADAPTER]) for each in patches]
+        base.digest, [sha256_hex(each[ADAPTER_FILE]) for each in patches]
     )
 
 
@@ -192,7 +192,7 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
 
 
 def job_over(base: BaseFiles, patches: list[Files], slice_: int = 0, num_records: int = 9) -> SliceJob:
-    name = patched_digest(base.digest, [sha256_hex(each[ADAPTER]) for each in patches])
+    name = patched_digest(base.digest, [sha256_hex(each[ADAPTER_FILE]) for each in patches])
     return replace(job_for(base, slice_, num_records), base=name)
 
 
@@ -215,7 +215,7 @@ def test_training_over_patches_is_deterministic_and_another_training(
     plain = names(train(base, job_for(base, 0), []))
     first = names(train(base, job_over(base, patches), patches))
     assert names(train(base, job_over(base, patches), patches)) == first
-    assert first[ADAPTER] != plain[ADAPTER]
+    assert first[ADAPTER_FILE] != plain[ADAPTER_FILE]
     assert names(train(base, job_for(base, 0), [])) == plain
     staged = train(base, job_over(base, patches, 0, 5), patches, RECORDS[:5])
     second = train(base, job_over(base, patches, 1), patches, RECORDS, staged)

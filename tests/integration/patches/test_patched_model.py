@@ -15,6 +15,7 @@ import pytest
 
 import sisa
 from sisa import unlearn
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import patched_digest
 from sisa.core.domain import Part, Record
 from sisa.core.errors import ConfigConflict
@@ -24,7 +25,6 @@ from sisa.flows.patches import vault_sets
 from sisa.lm.routing.route import all_of
 from sisa.store.areas import CHECKPOINTS, PATCHES, VAULT
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import Files, answerer_of, put_patch
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
@@ -174,7 +174,7 @@ def test_patches_and_shards_over_them_follow_encrypt_and_the_vault_stays_sealed(
             sisa.train_model(run_file, executor="serial")
         model, taken = sisa.train_model(run_file, executor="serial", accept_differences=True)
         assert (taken.slices_trained, model.status().model_digest) == (0, digest)
-        assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
+        assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER_FILE).read_bytes()) == encrypt
         assert is_sealed((model.directory / VAULT / name).read_bytes())
         assert unlearn.served(model) == [two_patches[0]]
         with model.context() as context:

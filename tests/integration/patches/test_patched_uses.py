@@ -13,13 +13,13 @@ import pytest
 
 import sisa
 from sisa import unlearn
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import canonical_json
 from sisa.core.patches import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.context.commit import commit
 from sisa.flows.patches.composition import Composition, measure
 from sisa.lm.routing.route import all_of
-from sisa.store.checkpoints import ADAPTER
 from tests.models.patched import QUIET, Files, answerer_of, probabilities, put_patch
 from tests.models.tiny_model import (
     PEOPLE,
@@ -116,7 +116,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         wanted = next_token_probabilities(expected, ids, all_of((shard,)))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
         assert path.name == before.name
-        assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
+        assert (path / ADAPTER_FILE).read_bytes() != (before / ADAPTER_FILE).read_bytes()
     with model.context() as context:
         patches = {each.path: each.patches for each in context.stores.ledger.exports()}
         standings = {context.stores.exports.standing(each) for each in context.stores.ledger.exports()}

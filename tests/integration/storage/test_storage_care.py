@@ -14,12 +14,12 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN_FILE, list_garbage, remove_garbage
 from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.ports import BlobStore
 from sisa.core.requests import Request
 from sisa.flows.context.areas import purge
 from sisa.store.areas import CHECKPOINTS, RECORDS, REPLAYS
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.examples import num_examples
 from tests.fakes.s3_server import Server, fresh_blobs
 from tests.models import confessing
@@ -113,8 +113,8 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     checkpoints, replay = places[CHECKPOINTS], places[REPLAYS].below("replay")
     checkpoints.put(f"{held}/notes", GONE.text.encode())
     half = "f" * 64 if checkpoints.location().startswith("s3://") else ".tmp-killed"
-    checkpoints.put(f"{half}/{ADAPTER}", b"half")
-    replay.put(f"{held}/{ADAPTER}", b"replayed")
+    checkpoints.put(f"{half}/{ADAPTER_FILE}", b"half")
+    replay.put(f"{held}/{ADAPTER_FILE}", b"replayed")
     reported = {kind for kind, _ in found(model)}
     assert {"deleted_row", "string", "unknown_file"} <= reported
     assert GONE.text not in str(scan(model))
@@ -149,8 +149,8 @@ def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, 
     place.put_group(gone, before[gone])
     for part, data in parts_of(one).items():
         place.put(f"{swapped}/{part}", data)
-    place.put(f"{spoilt}/{ADAPTER}", b"spoilt")
-    place.put(f"{unread}/{MANIFEST}", b"{}")
+    place.put(f"{spoilt}/{ADAPTER_FILE}", b"spoilt")
+    place.put(f"{unread}/{MANIFEST_FILE}", b"{}")
     residue = [each for each in found(model) if each[0] not in ("string", "old_versions")]
     residue_by_key = {key: [kind for kind, where in residue if key in where] for key in place.held()}
     assert residue_by_key.pop(gone) == ["tainted", "unknown_file"]
@@ -166,8 +166,8 @@ def test_damage_is_reported_and_is_not_taken_for_a_network_fault(
     with context_of(in_bucket) as context:
         key = min(context.stores.checkpoints.held())
         slice_ = min(context.stores.records.held())
-    data = places[CHECKPOINTS].get(f"{key}/{ADAPTER}", "adapter")
-    places[CHECKPOINTS].put(f"{key}/{ADAPTER}", data[:-1])
+    data = places[CHECKPOINTS].get(f"{key}/{ADAPTER_FILE}", "adapter")
+    places[CHECKPOINTS].put(f"{key}/{ADAPTER_FILE}", data[:-1])
     assert kinds(in_bucket) == ["checkpoint", "old_versions"]
     places[RECORDS].erase([slice_])
     (lost,) = [each for each in diagnose(in_bucket).findings if each.lost]

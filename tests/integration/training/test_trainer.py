@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from sisa.core.checkpoint_files import CHECKPOINT_FILES, MANIFEST_FILE
 from sisa.core.digest import file_sha256
 from sisa.core.domain import BaseFiles, Part, Record, SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.base.weights import resolve_base
 from sisa.lm.routing.route import all_of
-from sisa.store.checkpoints import FILES, MANIFEST
 from tests.models.stages import RECORDS, TRAINING, job_for, names, stored, train
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import next_token_probabilities
@@ -321,7 +321,9 @@ def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
 
 def test_written_files_name_no_place_and_are_canonical(base: BaseFiles) -> None:
     files = train(base, job_for(base))
-    assert {*files, MANIFEST} == set(FILES)  # an object store lends places for these alone
+    assert {*files, MANIFEST_FILE} == set(
+        CHECKPOINT_FILES
+    )  # an object store lends places for these alone
     config = json.loads(files["adapter_config.json"])
     assert config["base_model_name_or_path"] is None
     assert config["inference_mode"] is True

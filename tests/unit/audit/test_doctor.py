@@ -23,6 +23,7 @@ from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.verify import check_files
 from sisa.config.config import RunConfig
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head, Identity
 from sisa.core.errors import IntegrityError, InvalidInput
@@ -35,7 +36,6 @@ from sisa.flows.wiring.ledger_place import LEDGER, LOCK
 from sisa.store.areas import CHECKPOINTS, INDEX, RECORDS, REPLAYS
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
-from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.ledger.sqlite import COMMIT_LOCK
 from tests.crash import Fuse
 from tests.fakes.ports import SECRET, changed
@@ -187,7 +187,7 @@ def lose_target(model: Path) -> None:
 
 def lose_two_stages(model: Path) -> None:
     shutil.rmtree(checkpoint(model, 0))
-    flip(checkpoint(model, 2) / ADAPTER)
+    flip(checkpoint(model, 2) / ADAPTER_FILE)
 
 
 def lose_index(model: Path) -> None:
@@ -232,8 +232,11 @@ def loose_modes(model: Path) -> None:
 DERIVABLE: dict[str, tuple[Defect, list[str]]] = {
     "first stage lost": (lose_first_stage, ["checkpoint"]),
     "target lost": (lose_target, ["checkpoint"]),
-    "adapter changed": (lambda model: flip(checkpoint(model, 1) / ADAPTER), ["checkpoint"]),
-    "manifest cut": (lambda model: os.truncate(checkpoint(model, 2) / MANIFEST, 20), ["checkpoint"]),
+    "adapter changed": (lambda model: flip(checkpoint(model, 1) / ADAPTER_FILE), ["checkpoint"]),
+    "manifest cut": (
+        lambda model: os.truncate(checkpoint(model, 2) / MANIFEST_FILE, 20),
+        ["checkpoint"],
+    ),
     "optimizer lost": (
         lambda model: (checkpoint(model, 1) / "optimizer.safetensors").unlink(),
         ["checkpoint"],

@@ -23,6 +23,7 @@ from sisa.audit.lineage import proves_clean
 from sisa.audit.own_files import Searched, search_model
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
+from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
@@ -35,7 +36,7 @@ from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, REPLAYS
 from sisa.store.blobs.files import writer_lock
-from sisa.store.checkpoints import ADAPTER, MANIFEST, parse_manifest
+from sisa.store.checkpoints import parse_manifest
 from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
 from sisa.store.witness import FileWitness
 from tests.crash import Crash, crash
@@ -178,7 +179,7 @@ def test_a_clean_checkpoint_in_scratch_is_none(model: Path, before: Path) -> Non
     ("file", "kind"),
     [
         (f"{CHECKPOINTS}/*/manifest.json", "unreadable"),
-        (f"{CHECKPOINTS}/*/{ADAPTER}", "damaged"),
+        (f"{CHECKPOINTS}/*/{ADAPTER_FILE}", "damaged"),
         (f"{RECORDS}/*", "damaged"),
         (f"{INDEX}/*", "damaged"),
     ],
@@ -219,7 +220,7 @@ def test_exported_adapters(model: Path, before: Path, tmp_path: Path) -> None:
     }
     for name, source in sources.items():
         (exports / name).mkdir(parents=True)
-        shutil.copy(source / ADAPTER, exports / name / ADAPTER)
+        shutil.copy(source / ADAPTER_FILE, exports / name / ADAPTER_FILE)
     found = scan(model, also=[exports])
     assert [(each.kind, Path(each.where).parent.name) for each in found.residue] == [
         ("stale_adapter", "stale")
@@ -257,7 +258,7 @@ def test_left_overs_of_ours_are_scanned(model: Path, tmp_path: Path) -> None:
         path.mkdir(parents=True)
         (path / "rows.jsonl").write_text(json.dumps({"id": GONE.id}))
     shutil.copytree(model / CHECKPOINTS, scratch / "of-another-model")
-    (scratch / "of-another-model" / min(checkpoints(model)) / ADAPTER).write_bytes(b"changed")
+    (scratch / "of-another-model" / min(checkpoints(model)) / ADAPTER_FILE).write_bytes(b"changed")
     found = scan(model)
     assert {Path(each.where).parent for each in found.residue} == {scratch, partial}
 
@@ -342,7 +343,7 @@ def test_many_strings_in_one_pass() -> None:
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
     with context_of(model) as context:
         for held in context.stores.ledger.checkpoints():
-            data = (model / CHECKPOINTS / held.key / MANIFEST).read_bytes()
+            data = (model / CHECKPOINTS / held.key / MANIFEST_FILE).read_bytes()
             parsed = parse_manifest(data)
             assert parsed is not None
             assert isinstance(parsed[0], SliceJob)
@@ -644,7 +645,7 @@ def test_a_models_own_files_are_searched_for_what_was_deleted(model: Path) -> No
     """Others may have the words of a record, so rows are compared by id; fake adapters name theirs."""
     before = searched(model)
     assert (set(before.found), before.num_left_out) == ({record(1).id}, 0)
-    adapters = [each for each in model.rglob(ADAPTER) if record(1).id.encode() in each.read_bytes()]
+    adapters = [each for each in model.rglob(ADAPTER_FILE) if record(1).id.encode() in each.read_bytes()]
     assert before.found[record(1).id] >= 1 + len(adapters) > 1
     (model / "left.txt").write_text(f"{GONE.text}, and an id: 1")  # short ones occur by chance
     (model / f"of-{GONE.id}").touch()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import Export
 from sisa.core.ledger_meta import TRAINED_ANEW
@@ -32,7 +33,7 @@ from sisa.flows.reconfigure import reset
 from sisa.planning.layout import Assigner, Layout
 from sisa.verifier.envelope import STATEMENT_TYPE, Refused
 from sisa.verifier.feed import TIME_FORMAT, check_present, verify_feed
-from tests.fakes.ports import ADAPTER, SECRET, changed, fake_record
+from tests.fakes.ports import SECRET, changed, fake_record
 from tests.models.certified import Certified, certified, check_statement
 
 PARTS: Any = SimpleNamespace(config=SimpleNamespace(base="base", base_name="base", dtype="float32"))
@@ -49,13 +50,13 @@ def copies(model: Certified, name: str) -> dict[str, bytes]:
     held = model.fake.exports.stored
     before = set(held)
     export_adapters(model.fake.context, PARTS, Path("no-such-folder") / name)
-    weights = [held[path][ADAPTER] for path in held.keys() - before]
+    weights = [held[path][ADAPTER_FILE] for path in held.keys() - before]
     return {sha256_hex(each): each for each in weights}
 
 
 def held(model: Certified) -> dict[str, bytes]:
     """Return copies of the weights of all checkpoints that the model holds."""
-    weights = [files[ADAPTER] for files in model.fake.checkpoints.stored.values()]
+    weights = [files[ADAPTER_FILE] for files in model.fake.checkpoints.stored.values()]
     return {sha256_hex(each): each for each in weights}
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.audit import findings
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export
 from sisa.core.errors import EnvironmentFault, InvalidInput
@@ -35,7 +36,7 @@ from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
 from tests.crash import Fuse
-from tests.fakes.ports import ADAPTER, PARTS, SECRET, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import PARTS, SECRET, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 
@@ -63,7 +64,7 @@ def knows(fake: FakeModel, number: int) -> set[str]:
     return {
         path
         for path, files in fake.exports.stored.items()
-        if fake_record(number).id in json.loads(files[ADAPTER])["touched"]
+        if fake_record(number).id in json.loads(files[ADAPTER_FILE])["touched"]
     }
 
 
@@ -100,7 +101,7 @@ def test_hooks_add_to_an_export_and_a_deletion_erases_that_with_it(fake: FakeMod
         files = fake.exports.stored[each.path]
         assert files[SIGNATURE] == b"README.md,adapter_config.json,adapter_model.safetensors"
         assert files[CARD].endswith(f"v1-{Path(each.path).name}".encode())
-        assert each.adapter_sha256 == sha256_hex(files[ADAPTER])
+        assert each.adapter_sha256 == sha256_hex(files[ADAPTER_FILE])
     touched = knows(fake, 3)
     fake.forget(3)
     assert {each.path for each in made} - touched == set(fake.exports.stored)
@@ -185,7 +186,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
 def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
     export(fake, "a")
     (path,) = knows(fake, 3)
-    fake.exports.stored[path][ADAPTER] += b" and more"
+    fake.exports.stored[path][ADAPTER_FILE] += b" and more"
     mine = dict(fake.exports.stored[path])
     assert fake.forget(3).exports_erased == 0
     assert fake.exports.stored[path] == mine
@@ -222,7 +223,7 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(fuse: Fuse) -> None:
     erase = fake.exports.erase
 
     def erase_each_file(given: Export) -> bool:
-        fake.exports.stored.get(given.path, {}).pop(ADAPTER, None)
+        fake.exports.stored.get(given.path, {}).pop(ADAPTER_FILE, None)
         return bool(fuse.guard(erase)(given))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -295,7 +296,7 @@ def export_merged(fake: FakeModel) -> None:
     made = export(fake, "a")
     content = dict(fake.exports.stored[made[0].path])
     fake.exports.stored = {MERGED: content}
-    digest = sha256_hex(content[ADAPTER])
+    digest = sha256_hex(content[ADAPTER_FILE])
     rows = [replace(e, path=MERGED, adapter_sha256=digest, form="merged-adapter") for e in made]
     fake.ledger.commit(Change(exports=rows, unexported=[each.name for each in made]))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sisa import unlearn
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Export
 from sisa.core.errors import (
     ConfigConflict,
@@ -37,7 +38,7 @@ from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
 from sisa.store.metrics import MIN_RECORDS
-from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 SETTINGS = {"method": "npo"}
 HELD = range(6)
@@ -84,7 +85,7 @@ def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
 
 def touched(fake: FakeModel) -> set[str]:
     """Return the texts that the files of patches confess."""
-    bodies = [json.loads(files[ADAPTER]) for files in fake.patches.stored.values()]
+    bodies = [json.loads(files[ADAPTER_FILE]) for files in fake.patches.stored.values()]
     return {text for body in bodies for text in body["touched"]}
 
 
@@ -374,7 +375,7 @@ def test_what_is_damaged_is_given_up_and_wanted_again_if_it_can_be(fake: FakeMod
     patch = made(fake, [FREE])
     shards_over(fake.context, stack(fake))
     reconcile(fake.context)
-    fake.patches.stored[patch.key][ADAPTER] = b"{}"
+    fake.patches.stored[patch.key][ADAPTER_FILE] = b"{}"
     give_up(fake.context, [patch.key])
     reconcile(fake.context)
     assert (stack(fake), trained_over(fake.ledger), fake.patches.held()) == ([], (), frozenset())
@@ -388,7 +389,7 @@ def test_what_is_damaged_is_given_up_and_wanted_again_if_it_can_be(fake: FakeMod
 def test_what_no_commit_knows_is_swept(fake: FakeModel) -> None:
     patch = made(fake, [FREE])
     other = replace(patch.job, forget=("other",))
-    fake.patches.save(other, {ADAPTER: b"{}"})
+    fake.patches.save(other, {ADAPTER_FILE: b"{}"})
     fake.vault.put("left", [fake_record(FREE)])
     fake.runs.stored["left"] = b""
     reconcile(fake.context)

@@ -14,6 +14,7 @@ from sisa.audit.garbage import ORPHAN, UNKNOWN_FILE, list_garbage, remove_garbag
 from sisa.audit.repair import repair_opened
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import verify
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.patches import Patch, active, wanted
 from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
@@ -22,7 +23,7 @@ from sisa.store.areas import PATCHES, RUNS, VAULT
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.fakes.patches import encode
-from tests.fakes.ports import ADAPTER, changed, fake_record
+from tests.fakes.ports import changed, fake_record
 from tests.models.confessing import NAME, NUM_RECORDS, build, context_of, delete, record
 
 FORGET, OTHER = fake_record(NUM_RECORDS + 5), fake_record(NUM_RECORDS + 6)
@@ -112,7 +113,7 @@ def test_a_form_follows_the_run_file_and_the_vaults_does_not(model: Path) -> Non
 
 def test_a_damaged_patch_is_given_up_and_wanted_again(model: Path) -> None:
     (served,) = active(patches(model))
-    (model / PATCHES / served.key / ADAPTER).write_bytes(b"{}")
+    (model / PATCHES / served.key / ADAPTER_FILE).write_bytes(b"{}")
     assert kinds(model) == {"patch": "patches"}
     assert [each.kind for each in scan(model).residue][:1] == ["damaged"]
     with context_of(model) as context:

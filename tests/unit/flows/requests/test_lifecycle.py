@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Part, Record, RecordRow
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.core.requests import Request, RequestState
@@ -39,7 +40,7 @@ from sisa.flows.lifecycle import (
 )
 from sisa.flows.reconcile import reconcile
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS
-from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 DAY = "2026-01-01T00:00:00+00:00"
@@ -102,7 +103,7 @@ def held_bytes(fake: FakeModel) -> tuple[Any, ...]:
 def served(fake: FakeModel) -> set[str]:
     """Return the ids of all records that the heads know."""
     keys = [head.key for head in fake.ledger.heads() if head.key is not None]
-    adapters = [json.loads(fake.checkpoints.stored[key][ADAPTER]) for key in keys]
+    adapters = [json.loads(fake.checkpoints.stored[key][ADAPTER_FILE]) for key in keys]
     return {each for adapter in adapters for each in adapter["touched"]}
 
 

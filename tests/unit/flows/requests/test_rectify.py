@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
 from sisa.flows.ingest import rectify, train
 from tests.crash import Crash, crash
-from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
+from tests.fakes.ports import FakeModel, fake_model, fake_record
 from tests.property.histories import assert_equal
 
 
@@ -97,7 +98,9 @@ def test_a_rectification_that_was_cut_short_is_continued(fake: FakeModel) -> Non
     )
     with pytest.raises(Crash):
         rectify(broken, [corrected(3)])
-    served = [json.loads(fake.checkpoints.stored[h.key][ADAPTER]) for h in fake.ledger.heads() if h.key]
+    served = [
+        json.loads(fake.checkpoints.stored[h.key][ADAPTER_FILE]) for h in fake.ledger.heads() if h.key
+    ]
     assert not any(fake_record(3).id in each["touched"] for each in served)
     done = rectify(context, [corrected(3)])
     assert (done.request, done.taken.added) == (None, 1)
