@@ -1,9 +1,8 @@
 """The index at rest and in memory: one FAISS file per shard, and the search over all files.
 
-Files are `IndexIDMap2` over a flat inner-product index, named by their bytes. Vectors are in the order
-of their ids, those of one record side by side: its text first, then its prompts. So a file equals that
-of an index that never held a deleted record. Every build starts from bytes on disk, since FAISS keeps
-removed vectors in the memory of the index object.
+Files are `IndexIDMap2` over a flat inner-product index, named by their bytes: `_written` and `_parsed`
+are all that know this form. Vectors are in the order of their ids, those of one record side by side: its
+text first, then its prompts. So a file equals that of an index that never held a deleted record.
 
     codes       one bit a dimension: whether the vector is above zero there; with more than CODE_BITS
                 dimensions, those that are CODE_BITS apart are added first
