@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "731181e9b8f31e33")
+RECORDED = (5, "e391e901a6d9a558")
 
 
 def path_of(module: str) -> Path:
