@@ -45,7 +45,7 @@ Regime = Literal["gdpr", "delete-act"]
 
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 DELETE_ACT_DAYS = 45
-RECTIFY = "sisa rectify"  # approves and names the deletions of a rectification
+RECTIFY, DROP = "sisa rectify", "California DROP"  # reasons that the program gives, and reads again
 
 COMMITTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # entered in one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})

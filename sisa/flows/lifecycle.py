@@ -20,6 +20,8 @@ from sisa.core.events import QueueSeen
 from sisa.core.hooks import Removal
 from sisa.core.ports import Change
 from sisa.core.requests import (
+    DROP,
+    RECTIFY,
     Regime,
     Request,
     RequestEvent,
@@ -172,8 +174,16 @@ def submit(
 ) -> Request:
     """Add a request to the ledger, or return the known one, approved if it waits and `terms` approves.
 
-    Raise ConfigConflict for an external id that stands for other records.
+    Raise InvalidInput for a reason that only the program gives, and ConfigConflict for an external id
+    that stands for other records.
     """
+    if terms.reason in (RECTIFY, DROP):
+        raise InvalidInput(
+            "the program gives this reason to requests of its own",
+            where="reason",
+            got=terms.reason,
+            next_step="give the reason in other words, or run `sisa rectify` or `sisa drop import`",
+        )
     with context.stores.ledger.exclusive():
         new = new_request(context, rows, deleted, terms, full_scan=True)
         asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}

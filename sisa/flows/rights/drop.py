@@ -42,7 +42,7 @@ from sisa.core.domain import RecordRow, WorkItem
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, Problem, Problems
 from sisa.core.ledger_meta import CYCLE
 from sisa.core.ports import Change, merged
-from sisa.core.requests import CLOSED, Request, days_left, event, may_become, moved
+from sisa.core.requests import CLOSED, DROP, Request, days_left, event, may_become, moved
 from sisa.data.drop_lists import (
     CYCLE_DAYS,
     DELETED,
@@ -65,7 +65,6 @@ from sisa.flows.context.slices import held_rows
 from sisa.flows.lifecycle import NewRequest, Terms, new_request
 from sisa.store.blobs import files
 
-REASON = "California DROP"
 AMEND = "amend"  # folder of the responses that correct earlier ones
 FEW_KEYS = 1000  # above, all identities are read at once
 
@@ -153,7 +152,7 @@ def import_lists(
     cancelled = _cancelled(ended, requests)
     requests |= {each.request_id: each for each in cancelled}
     matched = _match(context, items.values(), requests)
-    asked = Terms(reason=REASON, regime="delete-act", approver=approver, submitter=submitter)
+    asked = Terms(reason=DROP, regime="delete-act", approver=approver, submitter=submitter)
     new_requests, joined = _requests(context, matched, requests, download.day, asked)
     for item, consumers in matched.items():
         request = joined.get(item, items[item].request_id)
@@ -277,7 +276,7 @@ def _requests(
     named = {
         frozenset(context.stores.ledger.named_by(each.request_id)): each.request_id
         for each in requests.values()
-        if each.reason == REASON and each.state not in CLOSED
+        if each.reason == DROP and each.state not in CLOSED
     }
     used = {each.external_id for each in requests.values()}
     due = (downloaded + timedelta(days=CYCLE_DAYS)).isoformat()

@@ -143,6 +143,14 @@ def test_a_due_date_is_a_day_to_come(fake: FakeModel, due: str) -> None:
     assert fake.ledger.requests() == []
 
 
+@pytest.mark.parametrize("reason", ["sisa rectify", "California DROP"])
+def test_nobody_gives_a_reason_that_the_program_reads_again(fake: FakeModel, reason: str) -> None:
+    """Else a rectification could bring a deleted record back."""
+    with pytest.raises(InvalidInput, match="the program gives this reason"):
+        asked(fake, 3, terms=Terms(reason=reason, approver="dpo"))
+    assert fake.ledger.requests() == []
+
+
 def test_a_due_date_of_ones_own_replaces_the_regimes(fake: FakeModel) -> None:
     assert asked(fake, 3, terms=Terms(due="2026-01-01")).due == "2026-01-01"
     assert asked(fake, 4, terms=Terms(regime="delete-act")).due == "2026-02-15"
