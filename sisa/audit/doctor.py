@@ -28,7 +28,7 @@ from sisa.audit.findings import Finding, examine, summary_of
 from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
-from sisa.core.errors import InvalidInput, SisaError, TransientError
+from sisa.core.errors import SisaError, TransientError
 from sisa.core.event_chain import key_names
 from sisa.core.events import silent
 from sisa.flows.context.commit import is_behind
@@ -40,7 +40,7 @@ from sisa.flows.restored_backup import unknown_deletions
 from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.description import model_id, named
 from sisa.flows.wiring.keys import PARTITION_KEY, key_path, stored_secret
-from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, open_ledger
+from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, no_model, open_ledger
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.sqlite_files import open_readonly
@@ -77,12 +77,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     """Examine the model in a directory. Raise InvalidInput if the directory holds none."""
     if not any((directory / each).exists() for each in (LEDGER, LEDGER_URL, PARTITION_KEY, *AREAS)):
-        raise InvalidInput(
-            "there is no model in this directory",
-            where=str(directory),
-            expected=f"a directory with {LEDGER}",
-            next_step="train one with `sisa train RUN.yaml`",
-        )
+        raise no_model(directory)
     with undisturbed(directory) as free:
         if not free:
             what = "another process is writing to this model, so its files can't be checked now"

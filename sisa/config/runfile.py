@@ -65,7 +65,12 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_RUN_FILE_BYTES + 1)
     except OSError as error:
-        raise _refusal([Problem(path.name, f"can't be read: {error.strerror}")], str(path)) from None
+        raise InvalidInput(
+            "the run file can't be read",
+            where=str(path),
+            got=str(error.strerror),
+            next_step="name a run file; `sisa init DIR` writes one",
+        ) from None
     if len(data) > MAX_RUN_FILE_BYTES:
         raise _refusal([Problem(path.name, f"longer than {MAX_RUN_FILE_BYTES} bytes")], str(path))
     try:

@@ -115,7 +115,7 @@ class Problems:
         if len(self.listed) < self.most:
             self.listed.append(Problem(where, what))
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str, next_step: str = "correct the files and run the command again") -> None:
         """Raise InvalidInput if there are any problems."""
         if not self.count:
             return
@@ -123,7 +123,7 @@ class Problems:
             self.listed.append(Problem("limits.max_problems", f"{left} more problems are not listed"))
         raise InvalidInput(
             f"{self.count} problem{'s' * (self.count != 1)} {what}",
-            next_step="correct the files and run the command again",
+            next_step=next_step,
             problems=self.listed,
         )
 

@@ -41,6 +41,7 @@ EXEMPTED, DELETED, OPTED_OUT, NOT_FOUND = 2, 3, 4, 5
 STATUSES = {EXEMPTED: "exempted", DELETED: "deleted", OPTED_OUT: "opted out", NOT_FOUND: "not found"}
 CYCLE_DAYS = 45  # between two downloads, and from a download to its responses, at most
 
+DOWNLOAD_AGAIN = "download the lists again; if the problem stays, report it to DROP"
 MAX_FILES, MAX_LINE_BYTES = 64, 256  # of a ZIP, and of a line in it
 _NAME = re.compile(rf"(\d{{8}})_(\d{{4}})_({'|'.join(LISTS)}|{REMOVED})\.csv")
 _ITEM = re.compile(r"[A-Za-z0-9]{12}")
@@ -95,7 +96,7 @@ def read_download(path: Path, limits: SourceLimits = SourceLimits()) -> Download
         reading.problems.add(path.name, "not a readable ZIP; corrupt, truncated or encrypted")
     except Broken as error:
         reading.problems.add(path.name, str(error))
-    reading.problems.refuse("in the download; nothing was imported")
+    reading.problems.refuse("in the download; nothing was imported", DOWNLOAD_AGAIN)
     day, broker = next(iter(reading.names.values()))
     removed = next((each for each in reading.rows if list_of(each) == REMOVED), "")
     rows = reading.rows.pop(removed, [])

@@ -46,6 +46,7 @@ from sisa.core.requests import CLOSED, DROP, Request, days_left, event, may_beco
 from sisa.data.drop_lists import (
     CYCLE_DAYS,
     DELETED,
+    DOWNLOAD_AGAIN,
     EXEMPTED,
     NOT_FOUND,
     OPTED_OUT,
@@ -202,7 +203,7 @@ def _check_known(context: Context, download: Download, known: Mapping[str, WorkI
                 problems.add(where, "the ID came before with another hash or list")
             if file == download.removed_file and each.item in listed:
                 problems.add(where, "the ID is on a list of the same download")
-    problems.refuse("in the download; nothing was imported")
+    problems.refuse("in the download; nothing was imported", DOWNLOAD_AGAIN)
 
 
 def _key(context: Context, listed: Listed) -> str:

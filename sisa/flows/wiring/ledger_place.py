@@ -40,12 +40,20 @@ def has_ledger(directory: Path) -> bool:
 def check_model(directory: Path) -> None:
     """Raise InvalidInput if there is no model in a directory."""
     if not has_ledger(directory):
-        raise InvalidInput(
-            "there is no model in this directory",
-            where=str(directory),
-            expected=f"a directory with {LEDGER}",
-            next_step="train one with `sisa train RUN.yaml`",
-        )
+        raise no_model(directory)
+
+
+def no_model(directory: Path) -> InvalidInput:
+    """Return the error for a directory without a model. It names a model in a folder of it."""
+    inside = [each.parent for name in (LEDGER, LEDGER_URL) for each in directory.glob(f"*/{name}")]
+    return InvalidInput(
+        "there is no model in this directory",
+        where=str(directory),
+        expected=f"a directory with {LEDGER}",
+        next_step=f"name the folder in it that is one: {min(inside)}"
+        if inside
+        else "train one with `sisa train RUN.yaml`",
+    )
 
 
 def ledger_name(directory: Path) -> str:

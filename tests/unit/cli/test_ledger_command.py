@@ -77,3 +77,9 @@ def test_no_model_has_no_ledger(tmp_path: Path, ask: Ask) -> None:
     for arguments in (("move", "--to", "file"), ("upgrade",)):
         refused = ask("ledger", arguments[0], "-m", tmp_path, *arguments[1:], code=2)
         assert refused["error"]["message"] == "there is no model in this directory"
+
+
+def test_a_folder_above_a_model_is_refused_with_the_name_of_the_model(model: Path, ask: Ask) -> None:
+    for command in ("status", "doctor"):
+        error = ask(command, "-m", model.parent, code=2)["error"]
+        assert error["next_step"].endswith(f": {model}")

@@ -245,15 +245,22 @@ def test_absent_paths_are_problems(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "where"),
-    [(b"a: 1\nb: \xff\n", "line 2"), (b"#" * (1 << 21), "run.yaml"), (None, "run.yaml")],
+    [(b"a: 1\nb: \xff\n", "line 2"), (b"#" * (1 << 21), "run.yaml")],
 )
-def test_unreadable_run_files(tmp_path: Path, data: bytes | None, where: str) -> None:
+def test_unreadable_run_files(tmp_path: Path, data: bytes, where: str) -> None:
     run = tmp_path / "run.yaml"
-    if data is not None:
-        run.write_bytes(data)
+    run.write_bytes(data)
     with pytest.raises(InvalidInput) as caught:
         load_run_file(run)
     assert [each.where for each in caught.value.problems] == [where]
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_run_file_that_is_none_is_refused_by_its_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="the run file can't be read") as caught:
+        load_run_file(tmp_path / name)
+    assert (caught.value.where, bool(caught.value.got)) == (str(tmp_path / name), True)
+    assert "sisa init" in caught.value.next_step
 
 
 SPECIAL: dict[str, Any] = {  # other values of keys whose type alone gives none

@@ -211,6 +211,7 @@ WHOLE = {
 def problems_of(path: Path, limits: SourceLimits | None = None) -> list[str]:
     with pytest.raises(InvalidInput) as refused:
         read_download(path, limits or SourceLimits())
+    assert "download the lists again" in refused.value.next_step
     return [f"{each.where}: {each.what}" for each in refused.value.problems]
 
 
