@@ -71,11 +71,18 @@ def _holds(engine: EngineSource, exported: set[str], sweep: bool) -> EngineHolds
     return EngineHolds(engine.url, tuple(held), erased, nameless)
 
 
+class Unredirected(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect: the run file does not name its target, which would get tokens and messages."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Return no request, so that the status of the redirect is an error."""
+
+
 def _ask(engine: EngineSource, method: str, path: str) -> Any:
     request = urllib.request.Request(  # noqa: S310 - the run file allows http and https alone
         f"{engine.url.rstrip('/')}/v1/sisa/{path}", method=method
     )
     if engine.token_file is not None:
         request.add_header("Authorization", f"Bearer {engine.token_file.read_text('utf-8').strip()}")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+    with urllib.request.build_opener(Unredirected).open(request, timeout=TIMEOUT_S) as answer:
         return json.loads(answer.read(MAX_ANSWER_BYTES))

@@ -33,6 +33,7 @@ from urllib.error import HTTPError
 
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
+from cluster.serve.engines import Unredirected
 from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, status_body
 from cluster.serve.state import Delivery, ServiceState
 from sisa.config.config import ServiceBlock, WebhookReceiver
@@ -50,17 +51,12 @@ Posting = Callable[[str, bytes, Mapping[str, str]], int]
 _log = logging.getLogger(__name__)
 
 
-class _Unredirected(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        """Follow no redirect: the run file does not name its target."""
-
-
 def post_message(url: str, body: bytes, headers: Mapping[str, str]) -> int:
     """Return the status that a receiver answers, or 0 if it does not answer."""
     headers = {**headers, "Content-Type": "application/json"}
     request = urllib.request.Request(url, body, headers)  # noqa: S310 - the run file allows this URL
     try:
-        with urllib.request.build_opener(_Unredirected).open(request, timeout=ANSWER_S) as response:
+        with urllib.request.build_opener(Unredirected).open(request, timeout=ANSWER_S) as response:
             return int(response.status)
     except HTTPError as error:
         return error.code

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from cluster.cli.cli import run
 from cluster.serve.engines import EngineHolds, engines_hold
@@ -76,6 +76,23 @@ def test_an_erased_adapter_is_named_until_the_engine_sweeps(tmp_path: Path, engi
     assert (found.held, found.clean) == ((), False)
     assert "URLError" in found.fault
     assert asyncio.run(engine.list_loras()) == {1}
+
+
+def test_a_token_follows_no_redirect(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    got, elsewhere = list[str](), FastAPI()
+
+    @elsewhere.get("/{path:path}")
+    async def take(path: str) -> Response:
+        got.append(path)
+        return JSONResponse({"held": [], "named": [], "nameless": []})
+
+    with served(elsewhere) as target:
+        moved = FastAPI()
+        moved.get("/{path:path}")(lambda path: RedirectResponse(f"{target}/{path}"))
+        with served(moved) as url:
+            (found,) = engines_hold(model(url, [], tmp_path / "token"))
+    assert (found.fault, got) == ("HTTPError 307", [])
 
 
 def test_a_model_without_engines_is_not_read() -> None:
