@@ -551,8 +551,10 @@ def test_a_log_is_read_from_any_file_server(place: Place, monkeypatch: pytest.Mo
                 log_reader(where)("checkpoint")
     with pytest.raises(EnvironmentFault, match="can't be reached"):
         log_reader(url)("checkpoint")
-    with pytest.raises(IntegrityError, match="is missing"):
+    with pytest.raises(InvalidInput, match="no such directory"):
         log_reader(str(place.root / "absent"))("checkpoint")
+    with pytest.raises(IntegrityError, match="is missing"):
+        log_reader(str(place.root))("checkpoint")
     for where in ("ftp://host/log", "file:///etc"):
         with pytest.raises(InvalidInput):
             log_reader(where)

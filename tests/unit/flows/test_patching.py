@@ -426,7 +426,7 @@ def test_drift_is_measured_again_if_a_writer_disturbs_it(
 
     monkeypatch.setattr(unlearn, "measure", measure)
     model: Any = SimpleNamespace(
-        _seq=fake.ledger.seq, context=lambda: nullcontext(fake.context), resources=None
+        seq=fake.ledger.seq, context=lambda: nullcontext(fake.context), resources=None
     )
     assert unlearn.drift(model) == 0.25
 
