@@ -55,7 +55,7 @@ def driver_log(log: JsonLog) -> Report:
         nonlocal last
         now = time.monotonic()
         meter.take(event, now)
-        if not isinstance(event, events.SliceStarted | events.SliceProgress | events.PatchProgress):
+        if not isinstance(event, (events.SliceStarted, *events.PROGRESS)):
             log.write_event(event)
         elif now - last >= LINE_EVERY_S:
             last = now
@@ -71,7 +71,7 @@ def worker_log(run: RunContext | None, stream: TextIO, node: str) -> Report | No
     log = JsonLog(stream, run.run, "worker", node=node)
 
     def report(event: Event) -> None:
-        if not isinstance(event, events.SliceProgress | events.PatchProgress):
+        if not isinstance(event, events.PROGRESS):
             log.write_event(event)
 
     return report

@@ -87,6 +87,14 @@ class PatchProgress(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingProgress(Event):
+    """Texts of records that are embedded so far, and their number."""
+
+    num_done: int
+    num_texts: int
+
+
+@dataclass(frozen=True, slots=True)
 class QueueSeen(Event):
     """State of the deletion requests.
 
@@ -124,6 +132,7 @@ class Notice(Event):
     text: str
 
 
+PROGRESS = (SliceProgress, PatchProgress, EmbeddingProgress)  # the events that come in great numbers
 Report = Callable[[Event], None]
 
 

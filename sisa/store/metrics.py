@@ -34,6 +34,7 @@ from sisa.core.domain import record_epochs
 from sisa.core.errors import IntegrityError
 from sisa.core.events import (
     DeletionCompleted,
+    EmbeddingProgress,
     EpochTrained,
     ErasureFailed,
     Event,
@@ -61,6 +62,7 @@ EVENT_NAMES: dict[type[Any], str] = {
     EpochTrained: "epoch_trained",
     SliceTrained: "slice_trained",
     PatchProgress: "patch_progress",
+    EmbeddingProgress: "embedding_progress",
     QueueSeen: "queue_seen",
     DeletionCompleted: "deletion_completed",
     ErasureFailed: "erasure_failed",

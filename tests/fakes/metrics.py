@@ -9,6 +9,7 @@ from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import (
     DeletionCompleted,
+    EmbeddingProgress,
     EpochTrained,
     ErasureFailed,
     Event,
@@ -34,6 +35,7 @@ EVENTS: list[Event] = [
     EPOCH,
     TRAINED,
     PatchProgress(3, 40, 1.5),
+    EmbeddingProgress(1024, 8000),
     QueueSeen(2, 1, 0, 1, -3),
     DeletionCompleted(4, 2, 12.5),
     ErasureFailed(2),

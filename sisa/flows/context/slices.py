@@ -13,10 +13,12 @@ from types import MappingProxyType
 from sisa.core import ports
 from sisa.core.domain import Record, RecordRow, SliceFile
 from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.events import EmbeddingProgress
 from sisa.flows.context.context import Context
 from sisa.planning.layout import index_root, slice_root
 
 SlicePosition = tuple[int, int]  # shard, slice
+EMBEDDED_AT_ONCE = 1024  # texts, between two reports of progress
 
 
 def held_rows(context: Context, id_digests: Iterable[str]) -> list[RecordRow]:
@@ -44,8 +46,15 @@ def stored_in(
 
 def embed_records(context: Context, records: Sequence[Record]) -> list[ports.Vectors]:
     """Return each record's vectors: that of its text, then those of its prompts."""
+    import numpy as np
+
     texts = [(record.text, *record.prompts) for record in records]
-    vectors = context.compute.embed([text for each in texts for text in each])
+    flat = [text for each in texts for text in each]
+    parts = [context.compute.embed(flat[:EMBEDDED_AT_ONCE])]
+    for start in range(EMBEDDED_AT_ONCE, len(flat), EMBEDDED_AT_ONCE):
+        context.report(EmbeddingProgress(start, len(flat)))
+        parts.append(context.compute.embed(flat[start : start + EMBEDDED_AT_ONCE]))
+    vectors = np.concatenate(parts)
     ends = list(accumulate(map(len, texts)))
     return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]
 

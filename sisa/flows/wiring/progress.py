@@ -1,8 +1,8 @@
 """Show the progress of the current run on standard error.
 
 Progress is shown as live bars on a terminal, as plain lines elsewhere; never an id or a text. Training
-is measured in record-epochs, whose total is known before training starts; a patch in steps. On a
-terminal each active shard has its own bar, MOST_ROWS of them at most.
+is measured in record-epochs, whose total is known before training starts, a patch in steps, and the
+embedding of records in texts. On a terminal each active shard has its own bar, up to MOST_ROWS of them.
 
     >>> meter = Meter()
     >>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
@@ -21,10 +21,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from sisa.core.events import (
+    PROGRESS,
+    EmbeddingProgress,
     Event,
     Notice,
     PatchProgress,
@@ -71,13 +73,14 @@ class Meter:
         self._done: dict[Place, int] = {}  # tokens
         self._at: dict[int, tuple[float, SliceProgress]] = {}  # by shard: since when, how far
         self._patch: PatchProgress | None = None
+        self._embedding: EmbeddingProgress | None = None
         self._first = 0  # the step of a patch at which its clock started
         self._started = 0.0
 
     def take(self, event: Event, now: float) -> None:
         if isinstance(event, TrainingStarted):
             self._stages = {(shard, slice_): epochs for shard, slice_, epochs in event.stages}
-            self._done, self._at, self._patch = {}, {}, None
+            self._done, self._at, self._patch, self._embedding = {}, {}, None, None
             self._started = now
         elif isinstance(event, SliceStarted):
             start = SliceProgress(event.shard, event.slice, 0, event.total_tokens)
@@ -91,14 +94,20 @@ class Meter:
         elif isinstance(event, PatchProgress):
             if self._patch is None or event.step <= self._patch.step:
                 self._started, self._first = now, event.step
-            self._patch = event
+            self._patch, self._embedding = event, None
+        elif isinstance(event, EmbeddingProgress):
+            self._embedding = event
 
     @property
     def total(self) -> int:
+        if self._embedding is not None:
+            return self._embedding.num_texts
         return sum(self._stages.values()) if self._patch is None else self._patch.num_steps
 
     @property
     def done(self) -> float:
+        if self._embedding is not None:
+            return self._embedding.num_done
         if self._patch is not None:
             return self._patch.step
         under_way = (
@@ -126,7 +135,9 @@ class Meter:
         ]
 
     def numbers(self, now: float) -> dict[str, Any]:
-        """Return the numbers of the line, for machines; for a patch, its steps."""
+        """Return the numbers of the line, for machines."""
+        if self._embedding is not None:
+            return asdict(self._embedding)
         if self._patch is not None:
             return {"step": self._patch.step, "num_steps": self._patch.num_steps}
         left = self._seconds_left(now)
@@ -144,7 +155,9 @@ class Meter:
         return max(1e-9, now - self._started) * (self.total - self.done) / self.done
 
     def line(self, now: float) -> str:
-        """Return one line of text: shards, slices, share, tokens/s, time left; or steps of a patch."""
+        """Return one line of text: shards, slices, share, tokens/s, time left; or steps, or texts."""
+        if (embedding := self._embedding) is not None:
+            return f"embedded {embedding.num_done:,} of {embedding.num_texts:,} texts"
         if (at := self._patch) is not None:
             left = UNKNOWN_TIME
             if at.step > self._first:
@@ -184,7 +197,7 @@ def _lines(stream: TextIO) -> Report:
         if isinstance(event, Notice):
             print(event.text, file=stream, flush=True)
         elif isinstance(event, SliceTrained) or (
-            isinstance(event, SliceProgress | PatchProgress) and now - last >= LINE_EVERY_S
+            isinstance(event, PROGRESS) and now - last >= LINE_EVERY_S
         ):
             last = now
             print(meter.line(now), file=stream, flush=True)

@@ -9,6 +9,7 @@ import pytest
 
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.events import (
+    EmbeddingProgress,
     Notice,
     PatchProgress,
     SliceProgress,
@@ -105,6 +106,16 @@ def test_steps_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress(stream) as report:
         report(PatchProgress(1, 2, 0.5))
     assert stream.getvalue().startswith("patch (approximate): step 1/2")
+
+
+def test_texts_of_an_embedding() -> None:
+    meter = Meter()
+    meter.take(EmbeddingProgress(1024, 8000), now=1.0)
+    assert meter.line(now=2.0) == "embedded 1,024 of 8,000 texts"
+    assert meter.numbers(now=2.0) == {"num_done": 1024, "num_texts": 8000}
+    assert (meter.done, meter.total) == (1024, 8000)
+    meter.take(STAGES, now=20.0)
+    assert meter.line(now=20.0).startswith("shards 0/")
 
 
 def test_a_bar_on_a_terminal() -> None:
