@@ -9,11 +9,10 @@ plan.py           plan, simulate, routing
 asking.py         status, find, where, generate
 requests.py       forget, request, run, report
 rights.py         access, rectify, restrict, release, recipients, drop
-checks.py         verify, sweep
 evidence/         keys, log, certificate, receipt, prove, audit, rebuild, revocations, and their checks
 patches.py        approx
 evaluation/       eval
-maintenance.py    doctor, gc, ledger, metrics
+maintenance.py    verify, sweep, doctor, gc, ledger, metrics
 serve.py          serve, token, engines
 jobs.py           cluster
 """

@@ -16,7 +16,6 @@ import click
 
 from cluster.cli import (  # noqa: F401
     asking,
-    checks,
     jobs,
     maintenance,
     patches,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cluster.cli.checks import logged
 from cluster.cli.command import (
     PATH,
     ExecutorChoice,
@@ -25,6 +24,7 @@ from cluster.cli.command import (
     records_options,
 )
 from cluster.cli.input_files import STANDARD_INPUT
+from cluster.cli.maintenance import logged
 from cluster.observe.reporting import say
 from cluster.render.result import Result, counted, of_model
 from cluster.render.rights import drop_shown, engine_lines, rectified, restricted

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.checks import verified
+from cluster.cli.maintenance import verified
 from sisa.audit.replay import Apart, train_stage
 from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed

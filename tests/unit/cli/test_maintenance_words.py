@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.cli import maintenance
-from cluster.cli.checks import scanned
-from cluster.cli.maintenance import collected, diagnosed, repaired
+from cluster.cli.maintenance import collected, diagnosed, repaired, scanned
 from sisa.audit.doctor import Diagnosis
 from sisa.audit.findings import Finding
 from sisa.audit.garbage import STRAY, UNKNOWN_FILE, Collected, Garbage

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.asking import all_answered, answered, hits_listed, located, routing_check, status_shown
-from cluster.cli.checks import verified
+from cluster.cli.maintenance import verified
 from cluster.cli.quickstart import Start, Story
 from cluster.cli.training import exported, taken
 from cluster.render.result import Result

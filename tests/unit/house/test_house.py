@@ -111,7 +111,7 @@ def test_no_function_is_long() -> None:
 
 
 def test_a_folder_is_seen_at_a_glance() -> None:
-    files = (path for path in modules(*PACKAGES, "tests") if path.stem not in ("__init__", "conftest"))
+    files = (path for path in modules(*PACKAGES, "tests") if path.stem != "conftest")
     held = Counter(path.parent for path in files)
     assert {relative(folder): count for folder, count in held.items() if count > MAX_MODULES} == {}
 
