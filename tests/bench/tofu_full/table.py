@@ -362,10 +362,10 @@ def _mean(some: Sequence[Json], *path: str, form: str = "") -> str:
     known = [each for each in values if each is not None]
     if not known or (len(known) < len(values) and some[0]["state"] != "trained without"):
         return "-"
-    half = (max(known) - min(known)) / 2
-    spread = f" ± {half:{form or '.2f'}}" if len(known) > 1 else ""
-    mean = fmean(known)
-    return f"{mean:{form or ('.2f' if mean >= 0.005 or mean == 0 else '.0e')}}" + spread
+    half, mean = (max(known) - min(known)) / 2, fmean(known)
+    form = form or (".2f" if mean >= 0.005 or mean == 0 else ".0e")
+    spread = f" ± {half:{form if half else form.replace('.0e', '.0f')}}"
+    return f"{mean:{form}}" + (spread if len(known) > 1 else "")
 
 
 def _at(row: Any, path: Sequence[str]) -> float | None:
@@ -403,7 +403,11 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         left, useful = (_middle(some, path) for path in (MEMORISED, UTILITY))
         if left is not None and useful is not None:
             places[name] = left, useful
-    before = {some[0]["kind"]: name for name, some in models if some[0]["state"] == "trained on all"}
+    before = {
+        (some[0]["kind"], some[0]["layout"]): name
+        for name, some in models
+        if some[0]["state"] == "trained on all"
+    }
     for name, some in models:
         if name not in places:
             continue
@@ -411,11 +415,16 @@ def _draw_models(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
         # on the left of the others
         is_bound = some[0]["state"] in ("base", "trained without") or places[name][0] < 0.5
         label = "" if some[0]["method"] and len(models) > CROWDED else names_of(some[0])[1]
+        x, y = places[name]
+        is_covered = any(
+            abs(x - right) < 0.1 and 0 < above - y < 0.02 for right, above in places.values()
+        )
         axis.annotate(
-            label, places[name], (-8 if is_bound else 7, 4), textcoords="offset points",
+            label, (x, y), (-8 if is_bound else 7, -12 if is_covered else 4), textcoords="offset points",
             ha="right" if is_bound else "left", fontsize=8, color=KINDS[some[0]["kind"]][1],
         )  # fmt: skip
-        source = before.get({"method": "lora"}.get(some[0]["kind"], some[0]["kind"]))
+        kind = "lora" if some[0]["kind"] == "method" else some[0]["kind"]
+        source = before.get((kind, some[0]["layout"]))
         if some[0]["state"] in ("deleted", "unlearned") and source in places:
             arrow = {"arrowstyle": "->", "color": KINDS[some[0]["kind"]][1], "alpha": 0.5, "shrinkA": 6,
                      "shrinkB": 6}  # fmt: skip
