@@ -36,8 +36,9 @@ base, digest, *quickly = sys.argv[1:]
 if quickly:
     import_quickly()
 import torch
+from sisa.core.domain import BaseFiles
 from sisa.lm.base.weights import load_base
-model, _ = load_base(Path(base), digest)
+model, _ = load_base(BaseFiles(Path(base), digest))
 heavy = {"sympy", "torch._decomp", "torch._dynamo.convert_frame"} & sys.modules.keys()
 assert len(heavy) == (0 if quickly else 3)
 print(hashlib.sha256(model(torch.arange(40).reshape(2, 20)).logits.numpy().tobytes()).hexdigest())
@@ -54,7 +55,7 @@ from sisa.lm.base.quick_import import import_quickly
 base, digest, *quickly = sys.argv[1:]
 if quickly:
     import_quickly(trains=True)
-from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.domain import BaseFiles, Part, Record, SliceJob
 from sisa.core.ports import StoredRecord
 from sisa.lm.train.trainer import LoraTrainer
 training = dict(
@@ -65,7 +66,8 @@ training = dict(
 )
 text = Record("r", None, "text", (Part("text", "A mill by the river."),))
 job = SliceJob(0, 0, None, ((0, ""),), 1, (2, 1), training, digest, "f")
-files = LoraTrainer(Path(base), digest, 1).train(job, None, [StoredRecord("r", text)], lambda _: None)
+trainer = LoraTrainer(BaseFiles(Path(base), digest), 1)
+files = trainer.train(job, None, [StoredRecord("r", text)], lambda _: None)
 heavy = {"boto3", "scipy", "sympy", "torch._decomp", "torch._dynamo.convert_frame"} & sys.modules.keys()
 assert len(heavy) == (0 if quickly else 5)
 print([hashlib.sha256(files[name]).hexdigest() for name in sorted(files)])
