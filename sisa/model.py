@@ -223,10 +223,10 @@ class Model(ModelDirectory):
         with self.deciding() as context:
             return lifecycle.view_of(context, lifecycle.decide(context, request_id, state, note, by))
 
-    def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
-        """Extend a request's due date once, with a reason. Raise ConfigConflict."""
+    def extend(self, request_id: str, reason: str, *, by: str = "") -> lifecycle.RequestView:
+        """Extend a request's due date once, with a reason, in the name `by`. Raise ConfigConflict."""
         with self.deciding() as context:
-            return lifecycle.view_of(context, lifecycle.extend(context, request_id, reason))
+            return lifecycle.view_of(context, lifecycle.extend(context, request_id, reason, by))
 
     @retry_read
     def plan_run(self) -> RunPlan:

@@ -98,6 +98,7 @@ def _with_certificate(result: Result, model: Model, request: Request | None) -> 
 
 request = command_group("request", "Submit, decide and look up requests for deletion.")
 request_argument = click.argument("request_id", metavar="REQUEST")
+by_option = click.option("--by", default="", help="Who decides; stored as given.")
 
 
 @command("submit", "-m model --subject p001 --external-id T-17", group=request)
@@ -242,42 +243,46 @@ def approve(directory: Path, request_id: str, approver: str) -> Result:
 @model_option
 @request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
-def deny(directory: Path, request_id: str, reason: str) -> Result:
+@by_option
+def deny(directory: Path, request_id: str, reason: str, by: str) -> Result:
     """Refuse a request."""
-    return _decide(directory, request_id, "denied", reason)
+    return _decide(directory, request_id, "denied", reason, by)
 
 
 @command("hold", '-m model T-17 --reason "court order"', group=request)
 @model_option
 @request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
-def hold(directory: Path, request_id: str, reason: str) -> Result:
+@by_option
+def hold(directory: Path, request_id: str, reason: str, by: str) -> Result:
     """Put a request under a legal hold; `approve` ends it."""
-    return _decide(directory, request_id, "held", reason)
+    return _decide(directory, request_id, "held", reason, by)
 
 
 @command("cancel", "-m model T-17", group=request)
 @model_option
 @request_argument
 @option_or_file("--reason", help="Why; stored as given.")
-def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
+@by_option
+def cancel(directory: Path, request_id: str, reason: str | None, by: str) -> Result:
     """Withdraw a request that has not run."""
-    return _decide(directory, request_id, "cancelled", reason or "")
+    return _decide(directory, request_id, "cancelled", reason or "", by)
 
 
-def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
+def _decide(directory: Path, request_id: str, state: RequestState, note: str, by: str = "") -> Result:
     with opened(directory) as model:
-        return _shown(model, model.decide(request_id, state, note))
+        return _shown(model, model.decide(request_id, state, note, by=by))
 
 
 @command("extend", '-m model T-17 --reason "complex"', group=request)
 @model_option
 @request_argument
 @option_or_file("--reason", required=True, help="Why; stored as given.")
-def extend(directory: Path, request_id: str, reason: str) -> Result:
+@by_option
+def extend(directory: Path, request_id: str, reason: str, by: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:
-        return _shown(model, model.extend(request_id, reason))
+        return _shown(model, model.extend(request_id, reason, by=by))
 
 
 @command("run", "-m model --plan")

@@ -284,11 +284,14 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     return request
 
 
-def extend(context: Context, request_id: str, reason: str) -> Request:
-    """Extend the due date by what the regime allows. Raise ConfigConflict or InvalidInput."""
+def extend(context: Context, request_id: str, reason: str, by: str = "") -> Request:
+    """Extend the due date by what the regime allows, in the name `by`.
+
+    Raise ConfigConflict or InvalidInput.
+    """
     with context.stores.ledger.exclusive():
         request = extended(find(context, request_id), reason)
-        note = f"extended to {request.due}: {reason}"
+        note = ": ".join(filter(None, (by, f"extended to {request.due}", reason)))
         commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
 

@@ -361,7 +361,7 @@ def _extend(
     model = caller.view(service.model)
 
     def act() -> str:
-        return model.extend(request_id, asked.reason).request.request_id
+        return model.extend(request_id, asked.reason, by=caller.name).request.request_id
 
     return _shown(model.request(call.do(act)))
 

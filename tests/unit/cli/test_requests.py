@@ -222,6 +222,16 @@ NAMING_A_REQUEST = [
 ]
 
 
+def test_the_log_says_who_decided(ask: Ask) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    for decision in ("extend", "hold", "deny"):
+        ask("request", decision, "T-1", "--by", "dpo", "--reason", "complex")
+    notes = [each["note"] for each in ask("request", "show", "T-1")["events"]]
+    assert notes[0] == ""
+    assert re.fullmatch(r"dpo: extended to \d{4}-\d\d-\d\d: complex", notes[1])
+    assert notes[2:] == ["dpo: complex", "dpo: complex"]
+
+
 def test_reasons_and_subjects_come_from_files(ask: Ask, tmp_path: Path) -> None:
     reason, subject = tmp_path / "reason.txt", tmp_path / "subject.txt"
     reason.write_text("as Ada asked by letter\n")

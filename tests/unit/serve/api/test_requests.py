@@ -54,6 +54,7 @@ def test_a_request_from_receipt_to_deletion(client: TestClient, service: Service
     assert carry_out_requests(service.model, plan=False)
     found = client.get("/requests/T-1").json()
     assert found["state"] == "completed"
+    assert [each["note"].partition(": ")[0] for each in found["events"][1:4]] == ["local"] * 3
     assert [each["state"] for each in found["events"]][-1] == "completed"
     where = client.get(f"/records/{ONE}/shards").json()
     assert (where["state"], where["request_id"]) == ("deleted", made["request_id"])
