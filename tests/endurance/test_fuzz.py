@@ -37,7 +37,7 @@ def run_file_problems(path: Path) -> Sequence[Problem]:
     try:
         load_run_file(path)
     except InvalidInput as error:
-        return error.problems or [Problem("", "a refusal without a problem")]
+        return error.as_problems(where="")  # the error itself, where it lists none
     return ()
 
 
