@@ -70,9 +70,8 @@ def _hide(*names: str) -> None:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     modules.update(dict.fromkeys(names))  # None makes an import fail as if there were no module
     torch.distributed.is_available = lambda: False
-    if isinstance(
-        sys.modules.get(META_KERNELS), _Placeholder
-    ):  # its import does this, which generators need
+    # Generators need what the import of these kernels does.
+    if isinstance(sys.modules.get(META_KERNELS), _Placeholder):
         base = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(base.OpaqueBaseMeta)
     if COMPILER not in sys.modules:
