@@ -38,7 +38,7 @@ from sisa.config.template import one_line
 from sisa.core.block import Block
 from sisa.planning.bands import Bands
 from tests.bench.answering import answers, cold, hostile, quality, routing, throughput, utility
-from tests.bench.command import markdown
+from tests.bench.command import low_to_high, markdown
 from tests.bench.deletion import forget, retrained
 from tests.bench.patches import fallback, forgetting, sequential
 from tests.bench.scale import fleet, membership, questions, rollback
@@ -94,6 +94,53 @@ def _key(name: str, info: FieldInfo, kind: str, effect: str) -> tuple[str, ...]:
     return f"`{name}`", kind, default, str(info.description), effect
 
 
+def results() -> Iterator[str]:
+    """Yield the front page's table of results."""
+    shares = {
+        (each["name"], each["shards"], each["slices"]): each["shares"]
+        for each in recorded("deletion/retrained")["shares"]
+    }
+    alone = shares["sequential", 50, 8]["one"]["measured"]
+    last = shares["bands: the labelled in the last 4 slices", 8, 8]["one_labelled"]["measured"]
+    largest = recorded("scale/rollback")["sizes"][-1]
+    ratios = recorded("training/race")["ratios"]
+    kills, encrypted, soak = (
+        recorded(f"../endurance/{name}") for name in ("kills", "kills_encrypted", "soak")
+    )
+
+    def faster(ours: str) -> str:
+        rows = [row for row in ratios if row["ours"] == ours and row["theirs"] == "all"]
+        return low_to_high([row["times_as_fast"] for row in rows], ".1f")
+
+    lines = [
+        (
+            "one author of 200 deleted: share of a training",
+            f"50x8: {alone:.3f}; 8x8: {last:.3f}, if likely requesters stand in the last slices",
+            "bench.deletion.retrained",
+        ),
+        *((*each, "bench.tofu_full") for each in tofu_full.headlines(recorded("tofu_full/tofu_full"))),
+        (
+            f"from a request to clean heads, {largest['records']:,} records",
+            f"{largest['clean_heads_seconds']['p50']:.2f} s (p50)",
+            "bench.scale.rollback",
+        ),
+        (
+            "speed of training, beside Trainer and SFTTrainer with adapters in all layers",
+            f"{faster('all')} times; with adapters in the top third, {faster('top 10')} times",
+            "bench.training.race",
+        ),
+        (
+            "failures after the process was killed",
+            f"{sum(len(each['failures']) for each in (kills, encrypted, soak))}, of "
+            f"{kills['kills'] + encrypted['kills']} kills, and of {soak['requests']} requests with "
+            f"{soak['kills']} kills",
+            "endurance.full_run",
+        ),
+    ]
+    cells = [(what, result, f"`python -m tests.{module}`") for what, result, module in lines]
+    yield from markdown(("what (50x8: 50 shards of 8 slices)", "result", "made by"), cells)
+
+
 def approx_methods() -> Iterator[str]:
     """Yield the table of all methods of approximate unlearning."""
     from approx.patches.patch_settings import describe_methods
@@ -118,6 +165,7 @@ def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterat
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    "README.md": {"results": results},
     "tests/bench/answering/README.md": {
         "found-shards": of("answering/routing", routing.shard_table),
         "thresholds": of("answering/routing", routing.threshold_table),

@@ -26,7 +26,7 @@ from approx.methods.registry import METHODS
 from approx.metrics.estimate import estimate
 from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from sisa.core.digest import canonical_json, digest_of
-from tests.bench.command import markdown
+from tests.bench.command import low_to_high, markdown
 from tests.bench.tofu_full.design import (
     SHARES,
     Contestant,
@@ -324,6 +324,47 @@ def deletions_table(found: Json) -> Iterator[str]:
         *("memorised before / after / by the base", "relearnt, in domain", "utility before / after"),
     )
     yield from markdown(header, lines)
+
+
+def headlines(found: Json, split: ForgetSplit = "forget10") -> Iterator[tuple[str, str]]:
+    """Yield what the front page says, as means over keys and seeds: what was measured, the result."""
+    runs: dict[tuple[str, str, str], list[Json]] = {}
+    for row in found["rows"]:
+        runs.setdefault((row["split"], row["layout"] or row["kind"], row["state"]), []).append(row)
+
+    def mean(name: str, state: str, path: Sequence[str], of: ForgetSplit = split) -> float:
+        return _middle(runs[of, name, state], path) or 0.0
+
+    def left(name: str, state: str) -> str:
+        return f"{mean(name, state, MEMORISED):.0%} ({mean(name, state, UTILITY):.2f})"
+
+    layouts = list(dict.fromkeys(row["layout"] for row in found["rows"] if row["layout"]))
+    shares = [
+        f"{layout}: "
+        + ", ".join(f"{mean(layout, 'deleted', ('share_of_training',), each):.2f}" for each in SHARES)
+        for layout in layouts
+    ]
+    shares += [
+        f"{each['adapters_equal']} of {each['adapters']} adapters equal those trained from scratch"
+        for each in found["equal"]
+    ]
+    yield f"TOFU's {', '.join(SHARES)}, each in one request: share of a training", "; ".join(shares)
+    patched = runs[split, "method", "unlearned"]
+    useful = [row for row in patched if round(row["model_utility"]["value"], 2)]
+    patches = " ".join(
+        form.format(low_to_high([_at(row, path) or 0.0 for row in useful], spec))
+        for path, spec, form in ((MEMORISED, ".0%", "{}"), (UTILITY, ".2f", "({})"))
+    )
+    methods = ", ".join(dict.fromkeys(row["method"] for row in useful))
+    first = layouts[0]
+    results = (
+        f"**{left(first, 'deleted')}** after the deletion, {left(first, 'trained on all')} before "
+        f"({first})",
+        f"the base {left('base', 'base')}",
+        f"one LoRA {left('lora', 'trained on all')}, {left('lora', 'trained without')} trained without "
+        f"them, {patches} after {methods}, where they leave a model",
+    )
+    yield f"tokens of {split}'s answers that the model predicts (its utility)", "; ".join(results)
 
 
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
