@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from sisa.core.events import (
@@ -36,6 +36,7 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
+from sisa.store.metrics import loggable_numbers
 
 LINE_EVERY_S = 10.0
 MOST_ROWS = 16
@@ -72,15 +73,14 @@ class Meter:
         self._stages: dict[Place, int] = {}  # record-epochs
         self._done: dict[Place, int] = {}  # tokens
         self._at: dict[int, tuple[float, SliceProgress]] = {}  # by shard: since when, how far
-        self._patch: PatchProgress | None = None
-        self._embedding: EmbeddingProgress | None = None
+        self._beside: PatchProgress | EmbeddingProgress | None = None  # work beside training
         self._first = 0  # the step of a patch at which its clock started
         self._started = 0.0
 
     def take(self, event: Event, now: float) -> None:
         if isinstance(event, TrainingStarted):
             self._stages = {(shard, slice_): epochs for shard, slice_, epochs in event.stages}
-            self._done, self._at, self._patch, self._embedding = {}, {}, None, None
+            self._done, self._at, self._beside = {}, {}, None
             self._started = now
         elif isinstance(event, SliceStarted):
             start = SliceProgress(event.shard, event.slice, 0, event.total_tokens)
@@ -92,29 +92,23 @@ class Meter:
             _, at = self._at.pop(event.job.shard, (now, None))
             self._done.setdefault((event.job.shard, event.job.slice), at.tokens if at else 0)
         elif isinstance(event, PatchProgress):
-            if self._patch is None or event.step <= self._patch.step:
+            if not isinstance(self._beside, PatchProgress) or event.step <= self._beside.step:
                 self._started, self._first = now, event.step
-            self._patch, self._embedding = event, None
+            self._beside = event
         elif isinstance(event, EmbeddingProgress):
-            self._embedding = event
+            self._beside = event
 
-    @property
-    def total(self) -> int:
-        if self._embedding is not None:
-            return self._embedding.num_texts
-        return sum(self._stages.values()) if self._patch is None else self._patch.num_steps
-
-    @property
-    def done(self) -> float:
-        if self._embedding is not None:
-            return self._embedding.num_done
-        if self._patch is not None:
-            return self._patch.step
+    def counts(self) -> tuple[float, int]:
+        """Return what is done and the total: record-epochs, steps of a patch, or embedded texts."""
+        match self._beside:
+            case PatchProgress(done, total) | EmbeddingProgress(done, total):
+                return done, total
         under_way = (
             self._stages.get((at.shard, at.slice), 0) * at.tokens / max(1, at.total_tokens)
             for _, at in self._at.values()
         )
-        return sum(self._stages.get(place, 0) for place in self._done) + sum(under_way)
+        trained = sum(self._stages.get(place, 0) for place in self._done)
+        return trained + sum(under_way), sum(self._stages.values())
 
     @property
     def over(self) -> bool:
@@ -136,35 +130,33 @@ class Meter:
 
     def numbers(self, now: float) -> dict[str, Any]:
         """Return the numbers of the line, for machines."""
-        if self._embedding is not None:
-            return asdict(self._embedding)
-        if self._patch is not None:
-            return {"step": self._patch.step, "num_steps": self._patch.num_steps}
-        left = self._seconds_left(now)
+        if self._beside is not None:
+            return loggable_numbers(self._beside)
+        share, left = self._share_and_seconds_left(now)
         return {
             "num_slices": len(self._stages),
             "slices_done": len(self._done),
-            "share": round(self.done / self.total, 4) if self.total else 1.0,
+            "share": round(share, 4),
             "tokens_per_second": round(self.tokens_per_second(now), 1),
             "seconds_left": left if left is None else round(left, 1),
         }
 
-    def _seconds_left(self, now: float) -> float | None:
-        if not self.done:
-            return None
-        return max(1e-9, now - self._started) * (self.total - self.done) / self.done
+    def _share_and_seconds_left(self, now: float) -> tuple[float, float | None]:
+        done, total = self.counts()
+        left = max(1e-9, now - self._started) * (total - done) / done if done else None
+        return done / total if total else 1.0, left
 
     def line(self, now: float) -> str:
         """Return one line of text: shards, slices, share, tokens/s, time left; or steps, or texts."""
-        if (embedding := self._embedding) is not None:
-            return f"embedded {embedding.num_done:,} of {embedding.num_texts:,} texts"
-        if (at := self._patch) is not None:
-            left = UNKNOWN_TIME
-            if at.step > self._first:
-                left = _clock((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
-            return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"
-        share = self.done / self.total if self.total else 1.0
-        seconds = self._seconds_left(now)
+        match self._beside:
+            case EmbeddingProgress(done, total):
+                return f"embedded {done:,} of {total:,} texts"
+            case PatchProgress(step, total, loss):
+                left = UNKNOWN_TIME
+                if step > self._first:
+                    left = _clock((now - self._started) * (total - step) / (step - self._first))
+                return f"patch (approximate): step {step}/{total}, loss {loss:.4f}, {left} left"
+        share, seconds = self._share_and_seconds_left(now)
         shards = {shard for shard, _ in self._stages}
         open_ = {shard for shard, _ in self._stages.keys() - self._done.keys()}
         return (
@@ -223,7 +215,8 @@ def _bars(stream: TextIO) -> Iterator[Report]:
             if isinstance(event, Notice):
                 console.print(event.text, markup=False)
                 return
-            bars.update(whole, total=meter.total, completed=meter.done, description=meter.line(now))
+            done, total = meter.counts()
+            bars.update(whole, total=total, completed=done, description=meter.line(now))
             shown = {each.at.shard: each for each in meter.at_work()[:MOST_ROWS]}
             changed = rows.keys() != shown.keys()
             for shard in rows.keys() - shown.keys():

@@ -40,8 +40,7 @@ def test_the_line_of_a_training_half_done() -> None:
     meter.take(SliceProgress(0, 0, 200, 200), now=110.0)
     meter.take(trained(0, 0), now=110.0)
     meter.take(SliceProgress(1, 0, 150, 225), now=110.0)
-    assert meter.total == 60
-    assert meter.done == pytest.approx(30.0)
+    assert meter.counts() == pytest.approx((30.0, 60))
     assert meter.line(now=110.0) == ("shards 0/2, slices 1/3, 50% of record-epochs, 35 tok/s, 0:10 left")
 
 
@@ -98,7 +97,7 @@ def test_steps_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step 11/20, loss 0.5000, unknown time left" in meter.line(now=10.0)
     meter.take(PatchProgress(14, 20, 0.25), now=13.0)
     assert meter.line(now=13.0) == "patch (approximate): step 14/20, loss 0.2500, 0:06 left"
-    assert (meter.done, meter.total) == (14, 20)
+    assert meter.counts() == (14, 20)
     meter.take(STAGES, now=20.0)
     assert meter.line(now=20.0).startswith("shards 0/")
     stream = io.StringIO()
@@ -113,7 +112,7 @@ def test_texts_of_an_embedding() -> None:
     meter.take(EmbeddingProgress(1024, 8000), now=1.0)
     assert meter.line(now=2.0) == "embedded 1,024 of 8,000 texts"
     assert meter.numbers(now=2.0) == {"num_done": 1024, "num_texts": 8000}
-    assert (meter.done, meter.total) == (1024, 8000)
+    assert meter.counts() == (1024, 8000)
     meter.take(STAGES, now=20.0)
     assert meter.line(now=20.0).startswith("shards 0/")
 
