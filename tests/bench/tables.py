@@ -141,6 +141,42 @@ def results() -> Iterator[str]:
     yield from markdown(("what (50x8: 50 shards of 8 slices)", "result", "made by"), cells)
 
 
+def endurance() -> Iterator[str]:
+    """Yield the table of the last endurance runs."""
+    names = ("kills", "kills_encrypted", "soak", "fuzz", "service", "nodes", "rollout")
+    plain, encrypted, soak, fuzz, service, nodes, rollout = (
+        recorded(f"../endurance/{name}") for name in names
+    )
+    answers = f"{service['answers']:,} answers"
+    lines = [
+        ("kills --kills 200", f"{plain['kills']} kills", plain["failures"]),
+        ("kills --kills 200 --encrypt", f"{encrypted['kills']} kills", encrypted["failures"]),
+        ("soak --requests 500", f"{soak['requests']} requests, {soak['kills']} kills", soak["failures"]),
+        ("fuzz --inputs 10000 --workers 2", f"{fuzz['inputs']:,} inputs", fuzz["failures"]),
+        (
+            "service --minutes 10 --deletions 100",
+            f"{service['deletions']} deletions, {answers}, {sum(service['kills'].values())} kills",
+            service["failures"],
+        ),
+        (
+            "nodes --seconds 600",
+            f"{nodes['rounds']} trainings, {sum(nodes['kills'].values())} kills of nodes and workers",
+            nodes["failures"],
+        ),
+        (
+            "rollout --deletions 6",
+            f"{rollout['deletions']} deletions: new heads on each node after "
+            f"{rollout['seconds_to_clean_heads']['median']:.1f} s (median)",
+            range(rollout["answers_by_former_heads"]),
+        ),
+    ]
+    cells = [
+        (f"`python -m tests.endurance.{command}`", done, len(failures))
+        for command, done, failures in lines
+    ]
+    yield from markdown(("command", "its last run", "failures"), cells)
+
+
 def approx_methods() -> Iterator[str]:
     """Yield the table of all methods of approximate unlearning."""
     from approx.patches.patch_settings import describe_methods
@@ -220,6 +256,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "race-whole": of("training/race", race.whole_table),
     },
     "sisa/config/README.md": {"keys": reference},
+    "tests/README.md": {"endurance": endurance},
     "approx/README.md": {"approx-methods": approx_methods},
 }
 
