@@ -19,12 +19,10 @@ import pytest
 
 from cluster.cli import maintenance
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
-from sisa.audit.lineage import proves_clean
 from sisa.audit.own_files import Searched, search_model
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
-from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
-from sisa.core.domain import SliceJob
+from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
 from sisa.core.ports import Change
@@ -36,7 +34,6 @@ from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, REPLAYS
 from sisa.store.blobs.files import writer_lock
-from sisa.store.checkpoints import parse_manifest
 from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
 from sisa.store.witness import FileWitness
 from tests.crash import Crash, crash
@@ -338,21 +335,6 @@ def test_many_strings_in_one_pass() -> None:
     texts = [f"person {number:04d} was here" for number in range(500)]
     block = b"..".join(text.encode() for text in texts)
     assert [number for _, number in SearchStrings(texts).in_block(block)] == list(range(500))
-
-
-def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
-    with context_of(model) as context:
-        for held in context.stores.ledger.checkpoints():
-            data = (model / CHECKPOINTS / held.key / MANIFEST_FILE).read_bytes()
-            parsed = parse_manifest(data)
-            assert parsed is not None
-            assert isinstance(parsed[0], SliceJob)
-            rows = context.stores.ledger.rows(held.shard)
-            assert proves_clean(parsed[0], rows, held.seq, context.recipe.num_slices)
-            touched = [row for row in rows if row.slice in held.prefix]
-            for row in touched:
-                rest = [each for each in rows if each is not row]
-                assert not proves_clean(parsed[0], rest, held.seq, context.recipe.num_slices)
 
 
 def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> None:

@@ -193,25 +193,6 @@ def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
     assert [each.path for each in stale_exports(fake.context)] == [path]
 
 
-def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
-    export(fake, "a")
-    erase = fake.exports.erase
-
-    def refuses(_: Export) -> bool:
-        raise EnvironmentFault("the disk refused")
-
-    fake.exports.erase = refuses  # type: ignore[method-assign,assignment]
-    with pytest.raises(EnvironmentFault):
-        fake.forget(3)
-    (request,) = fake.ledger.requests()
-    assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
-    fake.exports.erase = erase  # type: ignore[method-assign]
-    reconcile(fake.context)
-    assert find(fake.context, request.request_id).state == "completed"
-    assert find(fake.context, request.request_id).exports_erased == 1
-    assert knows(fake, 3) == set()
-
-
 @settings(max_examples=60, deadline=None)
 @given(fuse=st.builds(Fuse, st.integers(1, 21), st.booleans()))
 def test_a_crash_anywhere_leaves_no_stale_export_behind(fuse: Fuse) -> None:

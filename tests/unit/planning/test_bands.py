@@ -13,7 +13,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config.config import differences
 from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record, Risk, SliceFile
@@ -102,11 +101,6 @@ def test_impossible_bands_are_refused(bands: Any, message: str) -> None:
         parsed(bands)
     (problem,) = caught.value.problems
     assert message in f"{problem.where.partition(': ')[2]} {problem.what}"
-
-
-def test_a_change_of_bands_places_every_record_anew() -> None:
-    (found,) = differences(parsed({"thresholds": [0.1]}), parsed({"thresholds": [0.2]}))
-    assert (found.key, found.effect) == ("sisa.bands", "reset")
 
 
 def test_risks_are_read_from_lines_and_from_parquet(tmp_path: Path) -> None:

@@ -34,10 +34,6 @@ def test_golden_price() -> None:
     assert full_record_epochs([view(0, 4, 4, 4), view(1, 0, 5)], RECIPE) == 24 + 5
 
 
-def test_nothing_costs_nothing() -> None:
-    assert full_record_epochs([], RECIPE) == 0
-
-
 def test_seconds_follow_the_mean_rate_of_all_stages() -> None:
     assert estimate_seconds(30, [measured(2.0, 10), measured(8.0, 40)]) == pytest.approx(6.0)
     assert estimate_seconds(0, [measured(2.0, 10)]) == 0

@@ -167,12 +167,6 @@ def test_every_setting_of_the_training_reaches_the_key() -> None:
     assert len({each.key for each in [job, *others]}) == len(others) + 1
 
 
-def test_a_changed_slice_changes_all_keys_from_there_on() -> None:
-    before, after = path(FULL), path((state(0), state(1, "b"), state(2)))
-    assert before[0] == after[0]
-    assert {each.key for each in before[1:]}.isdisjoint(each.key for each in after[1:])
-
-
 def test_a_keys_bytes_are_pinned() -> None:
     """A key that changes with a version would orphan every checkpoint at rest."""
     assert path(FULL)[0].key == "37f19caab4fa9ef4509feedac821094a82b00211d1ba8eea78fc39175a450ce6"
@@ -209,15 +203,6 @@ def test_a_gap_before_the_deepest_held_stage_is_not_trained() -> None:
     assert found.missing[0].parent == held(path(FULL)[1])
 
 
-def test_after_a_deletion_the_clean_prefix_heads() -> None:
-    """Slice 1 lost a record: the tainted stages are dropped before the planner looks."""
-    remaining = (state(0), state(1, "b", 3), state(2))
-    prefix = held(path(FULL)[0])
-    found = plan(remaining, prefix)
-    assert found.train == path(remaining)[1:]
-    assert found.head == Head(0, prefix.key, 1, path(remaining)[-1].key)
-
-
 def test_after_an_addition_the_older_complete_head_serves() -> None:
     """It is clean and knows more than the new path's prefix: it stays until the target is there."""
     grown = (state(0), state(1, "b", 5), state(2))
@@ -250,9 +235,6 @@ def test_an_emptied_shard_serves_the_base() -> None:
     assert found.head == Head(0, None, 0, None)
     assert found.head.converged
     assert (found.path, found.train, found.retired) == ((), (), ())
-
-
-def test_an_emptied_shard_retires_what_is_left() -> None:
     left = held(path(FULL)[0])
     assert plan((), left).retired == (left.key,)
 

@@ -103,6 +103,7 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
         fake.forget(3)
     fake.exports.erase = erase  # type: ignore[method-assign]
     (request,) = fake.ledger.requests()
+    assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
     sound(context, request, now)
     reconcile(context)
     done = find(context, request.request_id)
