@@ -25,11 +25,12 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import read_prompts, read_text, read_turns
 from cluster.observe.reporting import watched
-from cluster.render.deletions import request_line
+from cluster.render.deletions import due_in, request_line
 from cluster.render.result import Result, counted, printable, shortened
 from sisa.core.domain import Kind
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Notice
+from sisa.core.requests import days_left
 
 if TYPE_CHECKING:
     from cluster.serve.service import Running
@@ -104,9 +105,12 @@ def status_shown(found: Status) -> Result:
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
         lines.append(f"checkpoints hold {budget}")
-    lines += [
-        f"request {request_line(each, f', received {each.created_at}')}" for each in found.requests
-    ]
+    requests = []
+    for request in found.requests:
+        days = days_left(request.due, found.as_of)
+        of_request = request_line(request, due_in(request, days))
+        lines.append(f"request {of_request}, entered at {request.created_at}")
+        requests.append(asdict(request) | {"days_left": days})
     for export in found.exports:
         fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state
         merged = f" (shards {shortened(export.shards)})" if len(export.shards) > 1 else ""
@@ -117,7 +121,8 @@ def status_shown(found: Status) -> Result:
     if head := found.event_head.link:
         count = found.event_head.num_events
         lines.append(f"event log: {count} events, head {count}:{head}")
-    return Result(asdict(found) | {"witness": {"path": path, "standing": standing}}, lines)
+    body = asdict(found) | {"requests": requests, "witness": {"path": path, "standing": standing}}
+    return Result(body, lines)
 
 
 def routing_check(found: HeldPrompts | None) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +30,7 @@ from cluster.observe.reporting import say
 from cluster.render.deletions import (
     already_deleted,
     base_hint,
+    due_in,
     forget_plan,
     forgotten,
     meanwhile,
@@ -38,7 +39,7 @@ from cluster.render.deletions import (
     request_line,
     retrained,
 )
-from cluster.render.result import Result, counted, of_model
+from cluster.render.result import EXIT_ACT, Result, counted, of_model
 from cluster.render.rights import drop_standing
 from sisa.core.errors import Busy
 from sisa.core.requests import CLOSED
@@ -114,6 +115,9 @@ by_option = click.option("--by", default="", help="Who decides; stored as given.
     help="Sets the due date: a month, or 45 days.",
 )
 @click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
+@click.option(
+    "--received-on", help="Day on which it arrived, YYYY-MM-DD, if not today: its term counts from then."
+)
 @click.option("--submitter", default="", show_default=False, help="Who submits it, for four eyes.")
 @click.option("--approver", help="Approve at once, in this name.")
 @click.option(
@@ -132,6 +136,7 @@ def submit_request(
     reason: str | None,
     regime: Regime,
     due: str | None,
+    received_on: str | None,
     submitter: str,
     approver: str | None,
     include_copies: bool,
@@ -146,6 +151,7 @@ def submit_request(
         reason=reason or "",
         regime=regime,
         due=due,
+        received_on=received_on,
         approver=approver,
         submitter=submitter,
         include_copies=include_copies,
@@ -180,10 +186,19 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
 
 @command("list", "-m model", group=request)
 @model_option
-def list_(directory: Path) -> Result:
+@click.option(
+    "--overdue",
+    is_flag=True,
+    help="Open requests past their due date alone; exit with 7 if there are any.",
+)
+def list_(directory: Path, overdue: bool) -> Result:
     """List all requests with their state, due date and days left."""
     with opened(directory) as model:
-        return requests_listed(model.requests(), model.drop_standing())
+        views, cycle = model.requests(), model.drop_standing()
+    if not overdue:
+        return requests_listed(views, cycle)
+    late = [view for view in views if view.days_left < 0 and view.request.state not in CLOSED]
+    return replace(requests_listed(late, cycle), exit_code=EXIT_ACT if late else 0)
 
 
 def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
@@ -195,10 +210,8 @@ def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None)
 
 def _line(view: RequestView) -> str:
     request = view.request
-    days = f", due {request.due}, {counted(view.days_left, 'day')} left"
-    left = "" if request.state in CLOSED else days
     holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
-    return request_line(request, left + holds)
+    return request_line(request, due_in(request, view.days_left) + holds)
 
 
 def _body(view: RequestView) -> dict[str, Any]:

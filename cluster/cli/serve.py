@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import command, command_group, log_format_option, model_option, opened
-from cluster.render.result import EXIT_REVOKED, Result, counted
+from cluster.render.result import EXIT_ACT, Result, counted
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Notice
 
@@ -164,7 +164,7 @@ def show_engines(directory: Path, sweep: bool) -> Result:
     lines = [_engine_line(each) for each in found] or ["no engine is named (service.engines)"]
     lines += [f"  erased: {name}" for each in found for name in each.erased]
     body = {"engines": [{**asdict(each), "clean": each.clean} for each in found]}
-    return Result(body, lines, 0 if all(each.clean for each in found) else EXIT_REVOKED)
+    return Result(body, lines, 0 if all(each.clean for each in found) else EXIT_ACT)
 
 
 def _engine_line(found: EngineHolds) -> str:

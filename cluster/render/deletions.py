@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.render.result import Result, counted, of_model, share, shortened
-from sisa.core.requests import Request
+from cluster.render.result import Result, counted, of_model, share, shortened, time_left
+from sisa.core.requests import CLOSED, Request
 
 if TYPE_CHECKING:
     from sisa.core.domain import Tombstone
@@ -24,6 +24,14 @@ def request_line(request: Request, more: str = "") -> str:
     """Return a request in one line of a list."""
     name = f" ({request.external_id})" if request.external_id else ""
     return f"{request.request_id}{name}: {request.state}, {counted(request.num_records, 'record')}{more}"
+
+
+def due_in(request: Request, days: int) -> str:
+    """Return when a request arrived and is due, for its line; nothing of a closed one."""
+    if request.state in CLOSED:
+        return ""
+    arrived = f", received on {request.received_on}" if request.received_on else ""
+    return f"{arrived}, due {request.due}, {time_left(days)}"
 
 
 def retrained(of: Request | ForgetPlan) -> str:

@@ -50,8 +50,18 @@ WITNESS_STEP = {
 }
 OF_SHARD = ("shard", "records", "head", "adapter_sha256", "depth", "num_stages", "converged")
 OF_REQUEST = (
-    *("request_id", "external_id", "state", "regime", "created_at", "due", "num_records", "reason"),
-    *("submitter", "approver", "extension", "num_copies", "copies_included", "committed_at", "shards"),
+    *("request_id", "external_id", "state", "regime", "created_at", "received_on", "due"),
+    *(
+        "num_records",
+        "reason",
+        "submitter",
+        "approver",
+        "extension",
+        "num_copies",
+        "copies_included",
+        "committed_at",
+        "shards",
+    ),
     *("cause", "record_epochs_retrained", "record_epochs_full", "record_epochs_others", "seconds"),
     *("serving_depth", "exports_erased", "model_digest_before", "model_digest_after"),
 )

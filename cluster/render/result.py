@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 # Exit codes of results; those of errors are in `sisa.core.errors`.
-EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_REVOKED, EXIT_INTERRUPTED = 2, 4, 6, 7, 130
+EXIT_USAGE, EXIT_INTEGRITY, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 2, 4, 6, 130
+EXIT_ACT = 7  # done, and somebody must act on what was found
 MAX_SHARDS_SHOWN = 8  # in one line of text
 
 
@@ -53,6 +54,15 @@ def counted(number: int, noun: str) -> str:
     ('1 slice', '1,200 slices')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def time_left(days: int) -> str:
+    """Return the days to a due date.
+
+    >>> time_left(3), time_left(-1)
+    ('3 days left', 'overdue by 1 day')
+    """
+    return f"{counted(days, 'day')} left" if days >= 0 else f"overdue by {counted(-days, 'day')}"
 
 
 def shortened(shards: Sequence[object]) -> str:

@@ -352,6 +352,7 @@ def _request(request: Request, events: Iterable[RequestEvent]) -> dict[str, Any]
     return {
         "id": request.request_id,
         "regime": request.regime,
+        "received_on": request.received_on,
         "due": request.due,
         "extended": bool(request.extension),
         "num_records": request.num_records,

@@ -76,6 +76,7 @@ class Terms:
     reason: str = ""
     regime: Regime = "gdpr"
     due: str | None = None  # an ISO date that replaces the regime's
+    received_on: str | None = None  # an ISO date, from which the regime's term counts; None: today
     approver: str | None = None  # approves at once
     include_copies: bool = False
     consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
@@ -110,7 +111,7 @@ def new_request(
 ) -> NewRequest:
     """Return a new request that is not in the ledger yet.
 
-    Raise InvalidInput for a bad due date or a nameless approval, and ConfigConflict if four eyes should
+    Raise InvalidInput for a bad date or a nameless approval, and ConfigConflict if four eyes should
     see it and do not.
     """
     if terms.approver is not None and not terms.approver.strip():
@@ -121,10 +122,11 @@ def new_request(
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
     now = context.now()
+    received_on, due = _dates(terms, now[:10])
     request = Request(
         request_id=f"req-{uuid.uuid4()}",
         created_at=now,
-        due=due_date(now, terms.regime) if terms.due is None else _valid_due(terms.due, now),
+        due=due,
         num_records=len(taken),
         regime=terms.regime,
         external_id=terms.external_id,
@@ -133,6 +135,7 @@ def new_request(
         copies_included=terms.include_copies,
         consent=terms.consent.strip(),
         submitter=terms.submitter.strip(),
+        received_on=received_on,
     )
     states = [request]
     if terms.approver is not None:
@@ -142,24 +145,38 @@ def new_request(
     return NewRequest(states[-1], held, tuple(sorted(named)), events)
 
 
-def _valid_due(due: str, now: str) -> str:
+def _dates(terms: Terms, today: str) -> tuple[str, str]:
+    """Return the day of receipt, empty if it was not given, and the due date."""
+    received_on = "" if terms.received_on is None else _day("day of receipt", terms.received_on)
+    if received_on > today:
+        raise InvalidInput(
+            "the day of receipt is in the future",
+            expected=f"{today} or earlier",
+            got=received_on,
+            next_step="give the day on which the request arrived, or none if it arrived today",
+        )
+    first = received_on or today
+    due = due_date(first, terms.regime) if terms.due is None else _day("due date", terms.due)
+    if due < first:
+        raise InvalidInput(
+            "the due date is before the day of receipt",
+            expected=f"{first} or later",
+            got=due,
+            next_step="if the request arrived on an earlier day, give that as well (--received-on)",
+        )
+    return received_on, due
+
+
+def _day(what: str, given: str) -> str:
     try:
-        day = date.fromisoformat(due).isoformat()
+        return date.fromisoformat(given).isoformat()
     except ValueError:
         raise InvalidInput(
-            "the due date is not a date",
+            f"the {what} is not a date",
             expected="YYYY-MM-DD",
-            got=due[:40],
+            got=given[:40],
             next_step="give another date, or none: the term of the regime counts from today",
         ) from None
-    if day < now[:10]:
-        raise InvalidInput(
-            "the due date has passed already",
-            expected=f"{now[:10]} or later",
-            got=day,
-            next_step="if the term is over, give today's date, and the missed one in the reason",
-        )
-    return day
 
 
 def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:

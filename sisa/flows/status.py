@@ -93,6 +93,7 @@ class Status:
     shards: tuple[ShardStatus, ...]
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
+    as_of: str  # when this was read
     witness: tuple[str, WitnessStanding] = ("", "absent")  # its location, and its standing
     event_head: WitnessHead = BEGINNING  # the last link of the event log, and how many events
     exports: tuple[ExportStatus, ...] = ()
@@ -131,6 +132,7 @@ def status_of(context: Context, directory: Path, config: RunConfig, base: str, e
             schedule=config.sisa.schedule,
             shards=tuple(shard_statuses(context)),
             requests=tuple(ledger.requests()),
+            as_of=context.now(),
             exports=exports,
             sizes_bytes={ledger_name(directory): ledger.num_bytes(), **sizes},
             witness=(context.stores.witness.location(), witness_standing(context)),

@@ -84,7 +84,8 @@ def choose(
     choice: Choice = "run now"
     why = f"waiting would save {100 * saving:.0f}% of the expected cost"
     if patience <= 0:
-        why = f"a request is due within {MARGIN_DAYS} days"
+        late = patience + MARGIN_DAYS < 0
+        why = "a request is overdue" if late else f"a request is due within {MARGIN_DAYS} days"
     elif saving >= WORTH_WAITING:
         choice = "wait"
         why = f"waiting until {run_by} saves {100 * saving:.0f}% of the expected cost"

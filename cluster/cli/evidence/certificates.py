@@ -28,7 +28,8 @@ from cluster.cli.evidence.published import (
     read_public_keys,
 )
 from cluster.cli.input_files import read_bytes
-from cluster.render.result import Result, counted
+from cluster.render.result import Result, counted, time_left
+from sisa.core.requests import days_left
 
 if TYPE_CHECKING:
     from sisa.evidence.database import Logged
@@ -257,7 +258,10 @@ def _words(found: Certificate) -> Iterator[str]:
 def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
     """Yield the facts of a certificate about its request, the most asked for first."""
     request, plan, checks = stated["request"], stated["plan"], stated["checks"]
-    yield f"  request {request['id']} ({request['regime']}, due {request['due']})"
+    arrived = f"received on {on}, " if (on := request.get("received_on")) else ""
+    days = days_left(request["due"], request["times"]["completed"])
+    late = f", {time_left(days)} when it was completed" if days < 0 else ""
+    yield f"  request {request['id']} ({request['regime']}, {arrived}due {request['due']}{late})"
     times = {state: request["times"][state] for state in TIMES}
     yield f"  {', '.join(f'{state} {at}' for state, at in times.items() if at)}"
     yield f"  guarantee: {stated['guarantee']}"

@@ -12,7 +12,7 @@ import click
 from cluster.cli.command import PATH, command, command_group, model_option, opened
 from cluster.cli.evidence.published import logged_statements, public_keys_option, read_public_keys
 from cluster.cli.input_files import read_bytes
-from cluster.render.result import EXIT_REVOKED, Result, counted
+from cluster.render.result import EXIT_ACT, Result, counted
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -126,6 +126,4 @@ def checked(
     facts = {name: feed[name] for name in ("model", "sequence", "published", "next_update")}
     number, until = counted(len(feed["revoked"]), "adapter"), f"valid until {feed['next_update']}"
     lines.append(f"feed {feed['sequence']} of {feed['published']}, {until}: {number} revoked")
-    return Result(
-        {"revoked": bool(revoked), "files": rows, **facts}, lines, EXIT_REVOKED if revoked else 0
-    )
+    return Result({"revoked": bool(revoked), "files": rows, **facts}, lines, EXIT_ACT if revoked else 0)

@@ -72,6 +72,9 @@ class ErasureAsked(RecordsNamed):
     reason: str = Field("", max_length=_MAX_CHARS, description="Why; stored as given: no personal data.")
     regime: Regime = Field("gdpr", description="Sets the due date: a month, or 45 days.")
     due: date | None = Field(None, description="A due date in place of the regime's.")
+    received_on: date | None = Field(
+        None, description="The day on which it arrived, if not today: its term counts from then."
+    )
     include_copies: bool = Field(False, description="Also delete exact copies under other ids.")
 
 
@@ -118,6 +121,7 @@ class RequestShown(BaseModel):
     state: RequestState
     regime: Regime
     created_at: str
+    received_on: str = Field(description="The day on which it arrived; empty: that of `created_at`.")
     due: str = Field(description="The last day for it.")
     days_left: int = Field(description="Negative when it is overdue.")
     held_by: list[str] = Field(
@@ -263,6 +267,7 @@ def _submit(
         reason=asked.reason,
         regime=asked.regime,
         due=None if asked.due is None else asked.due.isoformat(),
+        received_on=None if asked.received_on is None else asked.received_on.isoformat(),
         include_copies=asked.include_copies,
         submitter=caller.name,
     )

@@ -310,7 +310,7 @@ async function showRequest(id) {
       certificate ? tag(...certificate) : found.state === "completed" ? tag("not certified") : null),
     found.reason ? h("p", {}, given(found.reason)) : null,
     facts([
-      ["Id", code(found.request_id)], ["Received", moment(found.created_at)],
+      ["Id", code(found.request_id)], ["Received", found.received_on || null], [found.received_on ? "Entered" : "Received", moment(found.created_at)],
       ["Due", `${found.due} (${found.regime === "gdpr" ? "GDPR" : "Delete Act"})`],
       ["Extended", found.extension ? given(found.extension) : null],
       ["Records", String(found.num_records)],
@@ -381,7 +381,7 @@ async function check() {
   const names = named();
   const found = await call("/requests/plan", names);
   const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (n) => n.toString(16).padStart(2, "0")).join("");
-  asked = { key, body: { ...names, reason: $("reason").value.trim(), regime: $("regime").value, external_id: $("external-id").value.trim() || null } };
+  asked = { key, body: { ...names, reason: $("reason").value.trim(), regime: $("regime").value, external_id: $("external-id").value.trim() || null, received_on: $("received-on").value || null } };
   showPlan(found);
   say("Checked: nothing was changed.", "erase-");
   $("plan").hidden = false;

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import cli
-from cluster.render.result import EXIT_INTEGRITY, EXIT_REVOKED
+from cluster.render.result import EXIT_ACT, EXIT_INTEGRITY
 from sisa.audit.residue import sweep_model
 from sisa.config.paths import state_dir
 from sisa.core.checkpoint_files import ADAPTER_FILE, MANIFEST_FILE
@@ -368,7 +368,7 @@ def test_a_revocation_is_withheld(operator: Operator, tmp_path: Path) -> None:
     publish(operator.model, old)
     operator.forget(5)
     publish(operator.model)
-    assert check(honest, "--log", operator.log) == EXIT_REVOKED
+    assert check(honest, "--log", operator.log) == EXIT_ACT
     statement = json.loads(b64decode(json.loads(honest.read_bytes())["payload"]))
     statement["predicate"]["revoked"] = {}
     short.write_bytes(operator.keys.sign(statement))

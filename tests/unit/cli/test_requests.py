@@ -49,7 +49,7 @@ REQUEST_KEYS |= {
     "exports_erased",
 }
 REQUEST_KEYS |= {"probed", "seconds", "model_digest_before", "model_digest_after"}
-REQUEST_KEYS |= {"consent", "vaulted", "submitter"}
+REQUEST_KEYS |= {"consent", "vaulted", "submitter", "received_on"}
 
 
 def record(number: int) -> Record:
@@ -144,6 +144,32 @@ def test_a_regime_or_a_day_sets_the_due_date(ask: Ask) -> None:
         error = ask("request", "submit", "id-0003", "--due", due, code=2)["error"]
         assert error["type"] == "InvalidInput"
         assert error["next_step"]
+
+
+def test_a_letter_whose_term_is_over_is_overdue_everywhere(ask: Ask, sisa: Sisa, model: Path) -> None:
+    day = (datetime.now(UTC) - timedelta(weeks=5)).date().isoformat()
+    late = ("--received-on", day, "--external-id", "T-1", "--approver", "dpo")
+    ask("request", "submit", "id-0004")  # in time
+    found = ask("request", "submit", "id-0003", *late)
+    assert (found["received_on"], found["days_left"] < 0) == (day, True)
+    words = f"(T-1): approved, 1 record, received on {day}, due {found['due']}, overdue by "
+    for command in (("request", "list"), ("request", "show", "T-1"), ("status",)):
+        assert words in sisa(*command, "-m", model)[1]
+    (listed,) = ask("request", "list", "--overdue", code=7)["requests"]
+    assert listed["request_id"] == found["request_id"]
+    assert ask("status")["requests"][1]["days_left"] == found["days_left"]
+    attention = ask("report")["attention"]
+    assert ("Open requests past their due date", 1) in [(p["what"], p["count"]) for p in attention]
+    assert ask("run", "--plan")["why"] == "a request is overdue"
+    run_once(ask)
+    assert ask("request", "list", "--overdue")["requests"] == []
+    assert [each["on_time"] for each in ask("report")["requests"]] == [None, False]
+
+
+def test_a_letter_of_tomorrow_is_refused(ask: Ask) -> None:
+    error = ask("request", "submit", "id-0003", "--received-on", tomorrow(), code=2)["error"]
+    assert (error["type"], error["got"]) == ("InvalidInput", tomorrow())
+    assert ask("request", "list")["requests"] == []
 
 
 def test_copies_are_listed_and_deleted_only_if_asked(ask: Ask) -> None:

@@ -46,6 +46,7 @@ STATUS = Status(
     (shard(0, "k" * 64), shard(1, None)),
     (Request("req-1", "2026-01-01", "2026-02-01", 2, external_id="T-1"),),
     {"records": 2048},
+    "2026-02-04T09:00:00+00:00",
 )  # fmt: skip
 
 
@@ -65,7 +66,9 @@ def test_status_in_words_shows_what_waits() -> None:
     assert "to be trained" not in status_shown(STATUS).text
     waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
     assert "(clean; the base is to be trained)" in status_shown(waiting).text
-    assert "request req-1 (T-1): received, 2 records, received 2026-01-01\n" in status_shown(STATUS).text
+    late = "req-1 (T-1): received, 2 records, due 2026-02-01, overdue by 3 days, entered at 2026-01-01\n"
+    assert f"request {late}" in status_shown(STATUS).text
+    assert status_shown(STATUS).json["requests"][0]["days_left"] == -3
     assert "order" not in status_shown(STATUS).text
     ordered = replace(STATUS, num_orders=2, record_epochs_others=3)
     assert "in order 0, 3 more in 1 other order\n" in status_shown(ordered).text

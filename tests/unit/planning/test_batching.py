@@ -143,7 +143,8 @@ BUSY = [ShardCosts(100.0, ((100.0, 1.0),))]  # whoever comes hits what is to be 
 def test_it_waits_for_company_until_the_margin(left: int, choice: str) -> None:
     found = choose([("req-1", left), ("req-2", 90)], BUSY, 50.0, DAY)
     assert found.choice == choice
-    assert ("is due within" in found.why) == (left <= MARGIN_DAYS)
+    assert ("is due within" in found.why) == (0 <= left <= MARGIN_DAYS)
+    assert ("overdue" in found.why) == (left < 0)
     assert found.run_by == due_in(max(0, left - MARGIN_DAYS)).isoformat()
 
 

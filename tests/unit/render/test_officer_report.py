@@ -168,10 +168,12 @@ def test_evidence_that_is_wrong_needs_somebody(found: Facts, what: str, severity
 
 def test_a_request_that_was_closed_late_says_so() -> None:
     late = request("a", state="completed")
-    late = replace(late, request=replace(late.request, due="2026-01-31"))
+    late = replace(late, request=replace(late.request, due="2026-01-31", received_on="2025-12-31"))
     (found,) = report_body(replace(facts(), requests=[late]))["requests"]
     assert (found["days_left"], found["on_time"]) == (None, False)
-    assert "closed after its due date" in html(replace(facts(), requests=[late]))
+    page = html(replace(facts(), requests=[late]))
+    assert "closed after its due date" in page
+    assert "on 2025-12-31, entered" in page
 
 
 def test_a_batch_is_counted_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
     ask(*check, "--log", before, code=4)
     next((after / "statements").iterdir()).unlink()
     ask(*check, "--log", after, code=4)
+
+
+def test_a_certificate_says_that_the_term_was_over(
+    certified: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]
+) -> None:
+    late = ("--received-on", "2020-01-31", "--external-id", "T-1", "--approver", "dpo")
+    ask("request", "submit", record(3).id, *late, "-m", certified)
+    ask("run", "--executor", "serial", "-m", certified)
+    stated = ask("certificate", "show", "T-1", "-m", certified)["statement"]["predicate"]["request"]
+    assert (stated["received_on"], stated["due"]) == ("2020-01-31", "2020-02-29")
+    words = (
+        r"\(gdpr, received on 2020-01-31, due 2020-02-29, overdue by [\d,]+ days when it was completed\)"
+    )
+    assert re.search(words, sisa("certificate", "show", "T-1", "-m", certified)[1])
 
 
 def test_a_receipt_is_for_a_record_of_the_request(certified: Path, ask: Ask, tmp_path: Path) -> None:

@@ -131,5 +131,5 @@ def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: dat
 
 def test_a_due_date_is_checked_against_the_present_clock() -> None:
     fake = model_with([datetime(2026, 1, 10, tzinfo=UTC)])
-    with pytest.raises(SisaError, match="passed"):
+    with pytest.raises(SisaError, match="before the day of receipt"):
         lifecycle.submit(fake.context, fake.rows(3), (), Terms(due="2026-01-09"))

@@ -137,10 +137,30 @@ def test_an_approver_approves_at_once(fake: FakeModel) -> None:
 
 
 @pytest.mark.parametrize("due", ["", "soon", "2026-02-30", "2025-12-31"])
-def test_a_due_date_is_a_day_to_come(fake: FakeModel, due: str) -> None:
+def test_a_due_date_does_not_precede_the_receipt(fake: FakeModel, due: str) -> None:
     with pytest.raises(InvalidInput):
         asked(fake, 3, terms=Terms(due=due))
     assert fake.ledger.requests() == []
+
+
+@pytest.mark.parametrize("received_on", ["", "soon", "2026-02-30", "2026-01-02"])
+def test_a_day_of_receipt_has_come(fake: FakeModel, received_on: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        asked(fake, 3, terms=Terms(received_on=received_on))
+    assert refused.value.next_step
+    assert fake.ledger.requests() == []
+
+
+def test_the_term_counts_from_the_day_of_receipt_though_it_has_passed(fake: FakeModel) -> None:
+    late = asked(fake, 3, terms=Terms(received_on="2025-11-27", approver="dpo"))
+    assert (late.received_on, late.due) == ("2025-11-27", "2025-12-27")
+    assert view_of(fake.context, late).days_left == -5
+    assert asked(fake, 4, terms=Terms(received_on="2026-01-01")).due == "2026-02-01"
+    own = asked(fake, 5, terms=Terms(received_on="2025-11-27", due="2025-11-30"))
+    assert (own.received_on, own.due) == ("2025-11-27", "2025-11-30")
+    with pytest.raises(InvalidInput, match="before the day of receipt"):
+        asked(fake, 6, terms=Terms(received_on="2025-11-27", due="2025-11-26"))
+    assert lifecycle.plan_run(fake.context).why == "a request is overdue"
 
 
 @pytest.mark.parametrize("reason", ["sisa rectify", "California DROP"])

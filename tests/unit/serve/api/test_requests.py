@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -60,6 +61,17 @@ def test_a_request_from_receipt_to_deletion(client: TestClient, service: Service
     assert (where["state"], where["request_id"]) == ("deleted", made["request_id"])
     refused = move(client, "T-1", "cancel", expect=409)
     assert refused["type"].endswith("ConfigConflict")
+
+
+def test_a_letter_that_lay_too_long_is_overdue_from_the_start(client: TestClient) -> None:
+    today = datetime.now(UTC).date()
+    days = [(today + timedelta(days=each)).isoformat() for each in (-35, 1)]
+    made = submit(client, ids=[ONE], received_on=days[0])
+    assert (made["received_on"], made["days_left"] < 0) == (days[0], True)
+    shown = client.get(f"/requests/{made['request_id']}").json()
+    assert (shown["received_on"], shown["days_left"]) == (days[0], made["days_left"])
+    refused = submit(client, expect=400, ids=[OTHER], received_on=days[1])
+    assert refused["detail"] == "the day of receipt is in the future"
 
 
 def test_requests_are_taken_in_while_another_process_writes(
