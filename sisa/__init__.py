@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from sisa.flows.answers.ask import Answer
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan
-    from sisa.flows.lifecycle import Terms
+    from sisa.flows.requests import Terms
     from sisa.flows.status import Status
     from sisa.flows.wiring.executors import OnCluster
     from sisa.model import Model, open_model
@@ -43,7 +43,7 @@ __all__ += ["RejectedRequest", "SisaError", "TransientError", "UnknownRecord"]
 
 _HOMES = (  # of these names, in the order in which modules import each other
     *("sisa.core.domain", "sisa.core.errors", "sisa.config.config", "sisa.config.runfile"),
-    *("sisa.flows.answers.ask", "sisa.flows.deletion", "sisa.flows.lifecycle", "sisa.flows.status"),
+    *("sisa.flows.answers.ask", "sisa.flows.deletion", "sisa.flows.requests", "sisa.flows.status"),
     *("sisa.flows.wiring.executors", "sisa.model", "sisa.train"),
 )
 

@@ -25,16 +25,35 @@ from sisa.core.requests import Request, RequestEvent, RequestState
 from sisa.core.run import running
 from sisa.data.drop_lists import read_download
 from sisa.data.reader import located_problems, read_like
-from sisa.flows import lifecycle, query
 from sisa.flows.answers.ask import Answer, Prompt, Routed, ask, prompt_form, route_and_encode, routes_of
 from sisa.flows.answers.serving import Serving, open_answerer
+from sisa.flows.candidates import Candidate, find_candidates, near_duplicates
 from sisa.flows.context.served import model_digest
+from sisa.flows.context.slices import ids_of
 from sisa.flows.context.stale_exports import stale_paths
 from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import Rectified, Taken, add, rectify, train
-from sisa.flows.lifecycle import Terms, copies, forget_at_once, new_request
+from sisa.flows.locations import Location, held_and_deleted, of_digest, of_subject, where
 from sisa.flows.reconcile import reconcile, under_way
+from sisa.flows.requests import (
+    RequestView,
+    Submitted,
+    Terms,
+    carry_out,
+    copies,
+    decide,
+    extend,
+    find_request,
+    forget_at_once,
+    new_request,
+    plan_run,
+    queue_seen,
+    ready,
+    submit,
+    view_of,
+    views,
+)
 from sisa.flows.rights import drop
 from sisa.flows.rights.access import held_of, recipients_of
 from sisa.flows.rights.restriction import Restriction, lift, restrict
@@ -102,10 +121,10 @@ class Model(ModelDirectory):
             return train(context, ())
 
     @retry_read
-    def where(self, ids: Sequence[str]) -> list[query.Location]:
+    def where(self, ids: Sequence[str]) -> list[Location]:
         """Return the shard, slice, checkpoints and heads of each record. Raise UnknownRecord."""
         with self.context() as context, context.stores.ledger.snapshot():
-            return query.where(context, ids)
+            return where(context, ids)
 
     @retry_read
     def find(
@@ -116,7 +135,7 @@ class Model(ModelDirectory):
         like: str | None = None,
         top_k: int = 10,
         show_text: bool = False,
-    ) -> list[query.Candidate]:
+    ) -> list[Candidate]:
         """Return candidates by content (`text`), by subject, or near-duplicates of a record (`like`).
 
         With `show_text`, each candidate has the beginning of its text.
@@ -124,7 +143,7 @@ class Model(ModelDirectory):
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
         with self.context() as context:
-            return query.find_candidates(
+            return find_candidates(
                 context, text=text, subject=subject, like=like, top_k=top_k, show_text=show_text
             )
 
@@ -132,14 +151,14 @@ class Model(ModelDirectory):
     def ids_of_subject(self, subject: str) -> list[str]:
         """Return the ids of a subject's held records. Raise UnknownRecord."""
         with self.context() as context:
-            held, _ = query.of_subject(context, subject)
-            return query.ids_of(context, held)
+            held, _ = of_subject(context, subject)
+            return ids_of(context, held)
 
     @retry_read
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """Return what `forget` would do; change nothing."""
         with self.context() as context, context.stores.ledger.snapshot():
-            planned = plan_forget(context, *query.held_and_deleted(context, ids, subject))
+            planned = plan_forget(context, *held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
             seconds = estimate_seconds(planned.record_epochs_retrained, measured)
             return replace(planned, estimated_seconds=seconds)
@@ -159,7 +178,7 @@ class Model(ModelDirectory):
         is left to the next `run`, `resume` or deletion.
         """
         with self.writing() as context:
-            held, deleted = query.held_and_deleted(context, ids, subject)
+            held, deleted = held_and_deleted(context, ids, subject)
             request = None
             if held:
                 self.resources.refuse_changed_base()
@@ -175,36 +194,36 @@ class Model(ModelDirectory):
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
-    ) -> lifecycle.Submitted:
+    ) -> Submitted:
         """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
         exact_copies, near = self.alike(ids, subject=subject)
         with self.deciding() as context:
-            held, deleted = query.held_and_deleted(context, ids, subject)
-            request = lifecycle.submit(context, held, deleted, terms or Terms())
-        return lifecycle.Submitted(request, exact_copies, near, tuple(deleted))
+            held, deleted = held_and_deleted(context, ids, subject)
+            request = submit(context, held, deleted, terms or Terms())
+        return Submitted(request, exact_copies, near, tuple(deleted))
 
     @retry_read
     def alike(
         self, ids: Sequence[str] = (), *, subject: str | None = None
-    ) -> tuple[tuple[str, ...], tuple[query.Candidate, ...]]:
+    ) -> tuple[tuple[str, ...], tuple[Candidate, ...]]:
         """Return the ids of exact copies of records, and near-duplicates."""
         with self.context() as context:
-            held, _ = query.held_and_deleted(context, ids, subject)
+            held, _ = held_and_deleted(context, ids, subject)
             found = copies(context, held, full_scan=True)
-            near = query.near(context, held, NEAR_DUPLICATE, found) if held else []
-            return tuple(query.ids_of(context, found)), tuple(near)
+            near = near_duplicates(context, held, NEAR_DUPLICATE, found) if held else []
+            return tuple(ids_of(context, found)), tuple(near)
 
     @retry_read
-    def requests(self) -> list[lifecycle.RequestView]:
+    def requests(self) -> list[RequestView]:
         """Return all requests, oldest first, with the days left to each."""
         with self.context() as context, context.stores.ledger.snapshot():
-            return lifecycle.views(context)
+            return views(context)
 
     @retry_read
-    def request(self, request_id: str) -> lifecycle.RequestView:
+    def request(self, request_id: str) -> RequestView:
         """Return one request by its id or external id, with its history. Raise UnknownRecord."""
         with self.context() as context, context.stores.ledger.snapshot():
-            return lifecycle.view_of(context, lifecycle.find(context, request_id))
+            return view_of(context, find_request(context, request_id))
 
     @retry_read
     def request_events(self) -> tuple[list[RequestEvent], dict[str, Request]]:
@@ -215,24 +234,24 @@ class Model(ModelDirectory):
 
     def decide(
         self, request_id: str, state: RequestState, note: str = "", *, by: str = ""
-    ) -> lifecycle.RequestView:
+    ) -> RequestView:
         """Move a request to approved, held, denied or cancelled, in the name `by`.
 
         Without `by`, the note of an approval is the approver's name. Raise ConfigConflict.
         """
         with self.deciding() as context:
-            return lifecycle.view_of(context, lifecycle.decide(context, request_id, state, note, by))
+            return view_of(context, decide(context, request_id, state, note, by))
 
-    def extend(self, request_id: str, reason: str, *, by: str = "") -> lifecycle.RequestView:
+    def extend(self, request_id: str, reason: str, *, by: str = "") -> RequestView:
         """Extend a request's due date once, with a reason, in the name `by`. Raise ConfigConflict."""
         with self.deciding() as context:
-            return lifecycle.view_of(context, lifecycle.extend(context, request_id, reason, by))
+            return view_of(context, extend(context, request_id, reason, by))
 
     @retry_read
     def plan_run(self) -> RunPlan:
         """Return whether to carry out the approved requests now or later, and why; change nothing."""
         with self.context() as context, context.stores.ledger.snapshot():
-            return lifecycle.plan_run(context)
+            return plan_run(context)
 
     def run(self) -> tuple[Request, ...]:
         """Carry out all approved requests as one batch, and finish deferred or interrupted ones.
@@ -241,10 +260,10 @@ class Model(ModelDirectory):
         """
         with self.writing() as context:
             begun = {each.request_id for each in under_way(context)}
-            waiting = lifecycle.ready(context)
+            waiting = ready(context)
             if waiting:
                 self.resources.refuse_changed_base()
-                done = lifecycle.carry_out(context, waiting)
+                done = carry_out(context, waiting)
             else:
                 done = ()
                 reconcile(context)
@@ -256,7 +275,7 @@ class Model(ModelDirectory):
         """Return the number of requests in each state, and report it unless `recorded` is false."""
         with running(), self.context() as context:
             with context.stores.ledger.snapshot():
-                seen = lifecycle.queue_seen(context)
+                seen = queue_seen(context)
             if recorded:
                 context.report(seen)
             return seen
@@ -320,10 +339,8 @@ class Model(ModelDirectory):
         """
         with self.context() as context, context.stores.ledger.snapshot():
             if digest is None:
-                return held_of(
-                    context, self.config, *query.held_and_deleted(context, ids, subject), subject
-                )
-            found = held_of(context, self.config, *query.of_digest(context, digest))
+                return held_of(context, self.config, *held_and_deleted(context, ids, subject), subject)
+            found = held_of(context, self.config, *of_digest(context, digest))
             names = (each["data"].get("subject_id") for each in found["records"])
             return {**found, "subject": next(names, None)}
 
@@ -331,20 +348,20 @@ class Model(ModelDirectory):
     def subject_digest(self, subject: str) -> str:
         """Return the keyed digest that names a subject at rest. Raise UnknownRecord."""
         with self.context() as context:
-            held, deleted = query.of_subject(context, subject)
+            held, deleted = of_subject(context, subject)
             return str((held or deleted)[0].subject_digest)
 
     @retry_read
     def check_subject(self, digest: str) -> None:
         """Raise UnknownRecord if no record was ever held of the subject that this digest names."""
         with self.context() as context:
-            query.of_digest(context, digest)
+            of_digest(context, digest)
 
     @retry_read
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
         """Return which exports a person's records touched, as JSON values."""
         with self.context() as context, context.stores.ledger.snapshot():
-            return recipients_of(context, *query.held_and_deleted(context, ids, subject), subject)
+            return recipients_of(context, *held_and_deleted(context, ids, subject), subject)
 
     def restrict(self, subject: str) -> Restriction:
         """Store a subject's records, and serve none of them, until `release`. Raise UnknownRecord.

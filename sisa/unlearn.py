@@ -16,12 +16,12 @@ from typing import Any
 
 from sisa.core.errors import InvalidInput
 from sisa.core.patches import Patch, VaultSet, active, wanted
-from sisa.flows import lifecycle
 from sisa.flows.context.context import Context, patch_files, patches_beneath, trained_over
 from sisa.flows.context.resources import Resources
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
+from sisa.flows.requests import find_request
 from sisa.flows.wiring.model_directory import retry_read
 from sisa.model import Model
 
@@ -45,7 +45,7 @@ def unlearn(
         if wish is not None:
             if max_drift is not None:
                 patching.check_retain_is_foreign(context, wish)
-            patch = patching.want(context, wish, [lifecycle.find(context, each) for each in request_ids])
+            patch = patching.want(context, wish, [find_request(context, each) for each in request_ids])
             if patch.state == "active":
                 return Unlearnt(patch, False, patch.report, 0, 0)
         elif not wanted(context.stores.ledger.patches()):

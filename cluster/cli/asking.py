@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from cluster.serve.service import Running
     from sisa.flows.answers.ask import Answer, Prompt
     from sisa.flows.answers.routing import HeldPrompts
-    from sisa.flows.query import Candidate, Location
+    from sisa.flows.candidates import Candidate
+    from sisa.flows.locations import Location
     from sisa.flows.status import Status
     from sisa.model import Model
 

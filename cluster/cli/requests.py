@@ -46,7 +46,7 @@ from sisa.core.requests import CLOSED
 
 if TYPE_CHECKING:
     from sisa.core.requests import Regime, Request, RequestState
-    from sisa.flows.lifecycle import RequestView, Submitted
+    from sisa.flows.requests import RequestView, Submitted
     from sisa.flows.rights.drop import Standing
     from sisa.model import Model
     from sisa.planning.batching import RunPlan
@@ -143,7 +143,7 @@ def submit_request(
     consent: str,
 ) -> Result:
     """Submit a request; it runs once it is approved."""
-    from sisa.flows.lifecycle import Terms
+    from sisa.flows.requests import Terms
 
     named = [*ids, *([find_like] if find_like else [])]
     terms = Terms(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from sisa.core.patches import Patch, VaultSet
-    from sisa.flows.lifecycle import RequestView
+    from sisa.flows.requests import RequestView
     from sisa.flows.status import SliceStanding, Status
     from sisa.model import Model
 

@@ -43,7 +43,7 @@ from sisa.store.blobs import files
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig, Tls
     from sisa.flows.answers.ask import Answer, Prompt
-    from sisa.flows.query import Candidate
+    from sisa.flows.candidates import Candidate
 
 APP = "sisa-"  # the prefix of our applications' names in Ray Serve
 CALLS_AT_ONCE = 64  # more than a replica answers at once; the others wait there
@@ -113,7 +113,7 @@ class Running:
 
     def find(self, text: str, top_k: int) -> list[Candidate]:
         """Find records as `Model.find`. Raise EnvironmentFault if the service fails or refuses."""
-        from sisa.flows.query import Candidate
+        from sisa.flows.candidates import Candidate
 
         with self._answering():
             found = self.call("/find", {"text": text, "top": top_k})["candidates"]

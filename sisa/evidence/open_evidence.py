@@ -24,8 +24,8 @@ from sisa.evidence.keys.model_keys import keys_of
 from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership
 from sisa.evidence.statements import salt_of, tree_over
-from sisa.flows import lifecycle
 from sisa.flows.context.context import Context
+from sisa.flows.requests import find_request
 from sisa.model import Model
 from sisa.store.areas import LOG
 from sisa.verifier.certificate import (
@@ -76,7 +76,7 @@ class OpenEvidence:
         for each in issued.logged:
             if name == each.sha256:
                 return each
-        request = lifecycle.find(self.context, name)
+        request = find_request(self.context, name)
         if request.request_id in issued.certificates:
             return issued.certificates[request.request_id]
         is_pending = request.request_id in issued.pending
@@ -196,7 +196,7 @@ def receipt_file(model: Model, request_name: str, record_id: str) -> bytes:
     Raise UnknownRecord for another record, IntegrityError if the commitments are lost.
     """
     with open_evidence(model) as found:
-        request = lifecycle.find(found.context, request_name)
+        request = find_request(found.context, request_name)
         certificate = found.find(request.request_id)
         hashes = found.hook.tables.commitments(request.request_id)
         envelope = found.log.statement(certificate.sha256)

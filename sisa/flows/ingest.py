@@ -23,7 +23,6 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.plans import check_sources, plan_of, view_shard
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.slices import embed_records, write_shard
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import reconcile
 from sisa.flows.record_checks import (
     HeldOrDeleted,
@@ -33,6 +32,7 @@ from sisa.flows.record_checks import (
     check_trained,
     check_unchanged,
 )
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.planning.layout import slice_root
 from sisa.planning.plan import ShardPlan
 

@@ -206,7 +206,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
     elif order["do"] == "run":
         model.run()
     elif order["do"] == "submit":
-        from sisa.flows.lifecycle import Terms
+        from sisa.flows.requests import Terms
 
         model.submit(order["ids"], terms=Terms(external_id=order["external_id"], approver="officer"))
     elif order.get("subject"):

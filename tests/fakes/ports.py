@@ -54,8 +54,8 @@ from sisa.core.ports import (
 from sisa.core.requests import Request
 from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Compute, Context, Settings, Stores
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.planning.bands import Bands
 from sisa.planning.layout import Assigner, Layout
 from sisa.planning.orders import chosen_orders

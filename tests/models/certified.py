@@ -23,8 +23,8 @@ from sisa.evidence.keys.keys import Keys, create_keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.patches.on_deletion import PatchesHook
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -26,7 +26,7 @@ from sisa.flows.chains import SerialExecutor, Site
 from sisa.flows.context.context import Compute, Context, Settings, Stores
 from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.requests import Terms, carry_out, submit
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import open_stores
 from sisa.flows.wiring.keys import key_path, open_keyring, vault_keyring

@@ -16,8 +16,8 @@ from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Record, RecordRow, Risk
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import Terms, carry_out, submit
 from sisa.flows.restored_backup import catch_up
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule

@@ -23,18 +23,18 @@ from sisa.core.event_chain import contradicted
 from sisa.core.requests import OPEN, Request
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import (
+from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import (
     Terms,
     carry_out,
     decide,
     extend,
-    find,
+    find_request,
     forget_at_once,
     new_request,
     ready,
     submit,
 )
-from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from tests.crash import Crash, Fuse, crashing
 from tests.examples import num_examples
@@ -206,7 +206,7 @@ def test_a_decision_in_the_last_moment_stands_or_is_refused(move: str) -> None:
         people = People(waiting(), {at: (move, 0)})
         run(people.fake)
         check(people)
-        request = find(people.fake.context, "T-0")
+        request = find_request(people.fake.context, "T-0")
         outcomes.add((request.state, is_deleted(people.fake, request), bool(people.accepted)))
     assert outcomes == {(move, False, True), ("completed", True, False)}
 

@@ -44,7 +44,7 @@ from sisa.config.config import OpenDsrBlock
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.requests import Regime, Request
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.store.blobs.files import disk_errors
 
 _VERSION = "1.0"

@@ -30,7 +30,7 @@ from cluster.serve.tokens import Caller, MayDecide, MayErase, MayRead, MaySubmit
 from sisa.core.digest import Keyed
 from sisa.core.requests import Regime, RequestState
 from sisa.evidence.open_evidence import certificate_file, receipt_file, standing
-from sisa.flows.lifecycle import RequestView, Terms
+from sisa.flows.requests import RequestView, Terms
 
 _MAX_IDS, _MAX_CHARS, _MAX_TOP = 10_000, 2_000, 100
 _JSON = "application/json"

@@ -44,6 +44,29 @@ def stored_in(
     return [stored for each in read for stored in each if stored.id_digest in names]
 
 
+def records_of(context: Context, rows: Sequence[RecordRow]) -> list[Record]:
+    """Return the records of rows, in their order, from their slice files. Raise IntegrityError."""
+    held = stored_in(context, slices_of(context, rows), rows)
+    records = {each.id_digest: each.record for each in held}
+    if not records.keys() >= {row.id_digest for row in rows}:
+        raise not_in("the file of their slice")
+    return [records[row.id_digest] for row in rows]
+
+
+def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
+    """Return the plain ids of rows, sorted."""
+    return sorted(record.id for record in records_of(context, rows))
+
+
+def not_in(holder: str, where: str = "") -> IntegrityError:
+    """Return the error for records that the ledger holds and `holder` does not."""
+    return IntegrityError(
+        f"the ledger holds records that {holder} does not",
+        where=where,
+        next_step="run `sisa verify`; restore the model directory from a backup",
+    )
+
+
 def embed_records(context: Context, records: Sequence[Record]) -> list[ports.Vectors]:
     """Return each record's vectors: that of its text, then those of its prompts."""
     import numpy as np
@@ -109,10 +132,6 @@ def _write_slice(
     held = [file for file in files if file.slice == slice_]
     by_digest = {each.id_digest: each for each in (*fresh, *stored_in(context, held, rows))}
     if len(by_digest) < len(rows):
-        raise IntegrityError(
-            "the ledger holds records that its slice file does not",
-            where=f"shard {shard}, slice {slice_}",
-            next_step="run `sisa verify`; restore the model directory from a backup",
-        )
+        raise not_in("the file of their slice", f"shard {shard}, slice {slice_}")
     records = [by_digest[digest] for digest in sorted(by_digest)]
     return context.stores.records.write(shard, slice_, slice_root(rows), records)

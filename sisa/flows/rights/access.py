@@ -27,10 +27,11 @@ from typing import Any
 from sisa.config.config import RunConfig
 from sisa.core.domain import GENERATION_COLUMN, Export, ExportForm, Record, RecordRow, Tombstone
 from sisa.core.patches import VaultSet
-from sisa.flows import query
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest, restrictions
+from sisa.flows.context.slices import records_of
 from sisa.flows.context.stale_exports import export_standing
+from sisa.flows.locations import where
 from sisa.planning.patch_plan import patches_from
 from sisa.planning.plan import touched
 
@@ -135,8 +136,8 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def _records(context: Context, rows: Sequence[RecordRow]) -> list[dict[str, Any]]:
-    records = query.records_of(context, rows)
-    locations = query.where(context, [record.id for record in records])
+    records = records_of(context, rows)
+    locations = where(context, [record.id for record in records])
     return [
         {
             "data": row_of(record),

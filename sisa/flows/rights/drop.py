@@ -59,11 +59,10 @@ from sisa.data.drop_lists import (
     responses,
     upload_name,
 )
-from sisa.flows import query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
-from sisa.flows.context.slices import held_rows
-from sisa.flows.lifecycle import NewRequest, Terms, new_request
+from sisa.flows.context.slices import held_rows, ids_of
+from sisa.flows.requests import NewRequest, Terms, new_request
 from sisa.store.blobs import files
 
 AMEND = "amend"  # folder of the responses that correct earlier ones
@@ -407,7 +406,7 @@ def details(context: Context, *, show_ids: bool = False) -> Details | None:
             request_id=each.request_id if each.num_consumers == 1 else "",
             due=due_day(each.file).isoformat(),
             ids=tuple(
-                query.ids_of(context, [row for rows in rows_by_item.get(each.item, ()) for row in rows])
+                ids_of(context, [row for rows in rows_by_item.get(each.item, ()) for row in rows])
             ),
         )
         for each in waiting

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from sisa.core.errors import ConfigConflict, UnknownRecord
 from sisa.core.ports import Change
 from sisa.data.record_rules import normal_subject
-from sisa.flows import query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricting, restrictions, served_heads
+from sisa.flows.locations import of_subject
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def restrict(context: Context, subject_id: str) -> Restriction:
 
     The caller keeps other commits out. Raise UnknownRecord if no record of the subject is held.
     """
-    rows, _ = query.of_subject(context, subject_id)
+    rows, _ = of_subject(context, subject_id)
     if not rows:
         raise UnknownRecord(
             "every record of that subject is deleted: there is nothing to restrict",
@@ -60,7 +60,7 @@ def lift(context: Context, subject_id: str) -> Restriction:
     known, digest = restrictions(context.stores.ledger), context.settings.assigner.subject_digest
     names = {digest(each) for each in (normal_subject(subject_id), subject_id)} & known.since.keys()
     if not names:
-        query.of_subject(context, subject_id)  # raises UnknownRecord for a subject that is not known
+        of_subject(context, subject_id)  # raises UnknownRecord for a subject that is not known
         raise ConfigConflict(
             "this subject is not restricted; nothing was changed",
             next_step="`sisa restrict` restricts a subject",

@@ -11,7 +11,7 @@ import pytest
 
 from sisa.core.domain import Record, RecordRow
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.requests import Terms, carry_out, submit
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.bench.command import NUM_AUTHORS

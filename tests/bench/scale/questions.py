@@ -43,13 +43,12 @@ from sisa.core.errors import UnknownRecord
 from sisa.core.event_chain import EventChain, contradicted
 from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import Request, event
-from sisa.flows import lifecycle, query
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.context.resources import Named
 from sisa.flows.deletion import plan_forget
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
-from sisa.flows.query import lookup
+from sisa.flows.locations import lookup, of_digest, where
+from sisa.flows.requests import Terms, forget_at_once, new_request, view_of, views
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -217,13 +216,13 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
             lambda: ledger.by_text([assigner.subject_digest("x")], full_scan=True)
         ),
         "where_1000_ids": compared(
-            lambda: query.where(context, held),
-            lambda: [query.where(context, [each]) for each in held],
+            lambda: where(context, held),
+            lambda: [where(context, [each]) for each in held],
         ),
         "request_list": {
             **compared(
-                lambda: lifecycle.views(context),
-                lambda: [lifecycle.view_of(context, each) for each in ledger.requests()[:20]],
+                lambda: views(context),
+                lambda: [view_of(context, each) for each in ledger.requests()[:20]],
             ),
             "before_of_requests": 20,
         },
@@ -276,7 +275,7 @@ def small_questions(ledger: SqlLedger, folder: Path) -> dict[str, Callable[[], o
         "stage_commit_s": stage,
         "status_s": model.status,
         "where_absent_s": where_absent,
-        "of_subject_s": lambda: query.of_digest(context, subject),
+        "of_subject_s": lambda: of_digest(context, subject),
         "request_list_s": model.requests,
     }
 

@@ -53,8 +53,8 @@ from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vec
 from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import plan_forget
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
-from sisa.flows.query import lookup
+from sisa.flows.locations import lookup
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.planning.layout import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -41,9 +41,9 @@ from sisa.evidence.open_evidence import certificate_file, membership_file, recei
 from sisa.evidence.revocations import FEED, publish
 from sisa.flows.context.commit import commit
 from sisa.flows.deletion import _write_remaining, plan_forget
-from sisa.flows.lifecycle import Terms
-from sisa.flows.query import lookup
+from sisa.flows.locations import lookup
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import Terms
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.store.areas import CHECKPOINTS

@@ -18,7 +18,7 @@ from cluster.serve.tokens import Tokens
 from sisa.config.config import ServiceBlock
 from sisa.evidence.keys.keys import create_keys
 from sisa.evidence.open_evidence import certificate_file, state_what_is_held
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import Model, open_model
 from tests.fakes.answers import FakeAnswers

@@ -26,7 +26,7 @@ from cluster.cli.command import SECTIONS
 from sisa.config.runfile import parse_run_file
 from sisa.core import errors
 from sisa.core.domain import Record
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.requests import Terms, carry_out, submit
 from sisa.flows.wiring.ledger_place import LEDGER
 from tests.fakes.ports import fake_record
 from tests.models import confessing

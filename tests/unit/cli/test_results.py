@@ -21,8 +21,9 @@ from sisa.core.patches import VaultSet
 from sisa.core.requests import Request
 from sisa.flows.answers.ask import Answer
 from sisa.flows.answers.routing import HeldPrompts
+from sisa.flows.candidates import Candidate
 from sisa.flows.ingest import Taken
-from sisa.flows.query import Candidate, Location, PatchTouch, Touch
+from sisa.flows.locations import Location, PatchTouch, Touch
 from sisa.flows.status import ExportStatus, ShardStatus, Status
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"

@@ -24,8 +24,8 @@ from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, tree_hash
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
-from sisa.flows.query import lookup
+from sisa.flows.locations import lookup
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.verifier.envelope import Refused
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BYTES, verify_absent, verify_present
 from sisa.verifier.vrf import verify_output

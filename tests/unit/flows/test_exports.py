@@ -22,16 +22,16 @@ from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Change
-from sisa.flows import lifecycle, query
 from sisa.flows.context.context import Context
 from sisa.flows.context.stale_exports import give_up_lost, stale_exports, stale_paths
 from sisa.flows.deletion import plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, find
+from sisa.flows.locations import where
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
+from sisa.flows.requests import Terms, carry_out, find_request, submit, view_of
 from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
@@ -133,7 +133,7 @@ def test_a_deletion_erases_what_it_touched_and_no_more(fake: FakeModel) -> None:
     made = export(fake, "a")
     touched = knows(fake, 3)
     assert len(touched) == 1
-    (located,) = query.where(fake.context, [fake_record(3).id])
+    (located,) = where(fake.context, [fake_record(3).id])
     assert set(located.exports) == touched
     assert len(plan_forget(fake.context, fake.rows(3)).exports) == 1
     done = fake.forget(3)
@@ -168,7 +168,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
     files = fake.exports.stored.pop(path)
     done = fake.forget(3)
     assert (done.state, done.exports_erased) == ("completed", 0)
-    notes = {each.state: each.note for each in lifecycle.view_of(fake.context, done).events}
+    notes = {each.state: each.note for each in view_of(fake.context, done).events}
     assert notes["erased"] == "1 exports could not be found"
     (lost,) = stale_exports(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
@@ -180,7 +180,7 @@ def test_what_was_moved_is_reported_and_erased_when_it_comes_back(fake: FakeMode
     reconcile(fake.context)
     assert stale_exports(fake.context) == []
     assert path not in fake.exports.stored
-    assert find(fake.context, done.request_id).exports_erased == 1
+    assert find_request(fake.context, done.request_id).exports_erased == 1
 
 
 def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
@@ -227,8 +227,8 @@ def test_one_of_several_requests_is_named(fake: FakeModel) -> None:
     (one,) = fake.rows(3)
     other = next(each for each in fake.ledger.rows(one.shard) if each != one)
     terms = Terms(approver="dpo")
-    waiting = [lifecycle.submit(fake.context, [each], (), terms) for each in (one, other)]
-    done = lifecycle.carry_out(fake.context, waiting)
+    waiting = [submit(fake.context, [each], (), terms) for each in (one, other)]
+    done = carry_out(fake.context, waiting)
     assert sorted(each.exports_erased for each in done) == [0, 1]
 
 
@@ -296,7 +296,7 @@ def test_an_export_of_a_former_layout_is_named_once_for_a_record(fake: FakeModel
     export_merged(fake)
     moved = [replace(each, shard=ANY_SHARD, prefix=()) for each in fake.ledger.exports()]
     fake.ledger.commit(Change(exports=moved))
-    (found,) = query.where(fake.context, [fake_record(3).id])
+    (found,) = where(fake.context, [fake_record(3).id])
     assert found.exports == (MERGED,)
 
 
@@ -318,7 +318,7 @@ def test_a_lost_export_of_several_shards_counts_once(fake: FakeModel) -> None:
     assert len(stale_exports(fake.context)) > 1
     assert stale_paths(fake.context) == [MERGED]
     assert give_up_lost(fake.context) == (MERGED,)
-    notes = [each.note for each in lifecycle.view_of(fake.context, done).events if "export" in each.note]
+    notes = [each.note for each in view_of(fake.context, done).events if "export" in each.note]
     assert notes == ["1 exports could not be found", "1 lost exports were given up"]
 
 

@@ -30,13 +30,13 @@ from sisa.flows.context.commit import commit
 from sisa.flows.context.context import trained_over
 from sisa.flows.context.served import model_digest
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
+from sisa.flows.locations import where
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over, want
-from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.store.metrics import MIN_RECORDS
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 

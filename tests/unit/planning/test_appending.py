@@ -17,7 +17,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.reader import read_records
 from sisa.flows.ingest import add, train
-from sisa.flows.query import where
+from sisa.flows.locations import where
 from sisa.flows.reconfigure import move
 from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands

@@ -14,7 +14,7 @@ from sisa.audit.verify import verify
 from sisa.core.domain import HeldCheckpoint, SliceState
 from sisa.core.events import Event, Notice
 from sisa.flows.ingest import train
-from sisa.flows.query import where
+from sisa.flows.locations import where
 from sisa.planning.checkpoint_budget import best_kept, expected, split_budget
 from sisa.planning.orders import rotations
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard

@@ -16,8 +16,8 @@ from sisa.core.ports import Change
 from sisa.flows.context.plans import view_shard
 from sisa.flows.deletion import plan_forget
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms, forget_at_once, new_request
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.flows.status import shard_statuses
 from sisa.planning.bands import Bands
 from sisa.planning.cost import full_record_epochs

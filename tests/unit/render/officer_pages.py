@@ -14,7 +14,7 @@ from cluster.render.officer_report import Evidence, Facts, Statement, page, repo
 from sisa.core.domain import WitnessHead
 from sisa.core.patches import Patch, PatchJob, VaultSet
 from sisa.core.requests import Probed, Request, RequestEvent
-from sisa.flows.lifecycle import RequestView
+from sisa.flows.requests import RequestView
 from sisa.flows.status import ExportStatus, ShardStatus, SliceStanding, Status
 from sisa.verifier.certificate import EXACT, STATE
 

@@ -21,7 +21,7 @@ from cluster.serve.metrics import ROUTE_NAMES, AnswerMeters, MeasuredAnswers
 from sisa.evidence.keys.keys import create_keys
 from sisa.evidence.open_evidence import state_what_is_held
 from sisa.evidence.revocations import publish
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import Model
 from tests.models.confessing import record

@@ -19,7 +19,7 @@ from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import Courier
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.model import Model, open_model
 from tests.fakes.ports import fake_record
 from tests.models.confessing import RUN_FILE, train_in, use_fake_resources

@@ -18,7 +18,7 @@ from cluster.serve.state import ServiceState
 from cluster.serve.webhooks import RETRY_S, Courier, post_message, secrets_of
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.errors import InvalidInput
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.model import Model, open_model
 from tests.models.programs.local_server import served
 

@@ -28,11 +28,11 @@ from sisa.core.errors import IntegrityError
 from sisa.core.hooks import Removal
 from sisa.core.ports import Change
 from sisa.core.requests import Request, event
-from sisa.flows import lifecycle, query
 from sisa.flows.deletion import commit_removed, rows_named
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import Terms
+from sisa.flows.locations import where
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import Terms, carry_out, ready, submit, views
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes.ledger import FakeLedger
@@ -80,7 +80,7 @@ def requests(model: FakeModel) -> list[Request]:
     for shard in range(model.context.settings.assigner.layout.num_shards):
         chosen.update({row.shard: row for row in model.ledger.rows(shard)[:1]})
     terms = Terms(approver="dpo")
-    return [lifecycle.submit(model.context, [row], (), terms) for row in chosen.values()]
+    return [submit(model.context, [row], (), terms) for row in chosen.values()]
 
 
 def first_training(num_shards: int) -> Callable[[], object]:
@@ -96,13 +96,13 @@ def addition(num_shards: int) -> Callable[[], object]:
 def batch(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     approved = requests(model)
-    return lambda: lifecycle.carry_out(model.context, approved)
+    return lambda: carry_out(model.context, approved)
 
 
 def look_at_what_waits(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     requests(model)
-    return lambda: lifecycle.ready(model.context)
+    return lambda: ready(model.context)
 
 
 @pytest.mark.parametrize("flow", [first_training, addition, batch, look_at_what_waits])
@@ -128,7 +128,7 @@ def test_what_waits_is_read_once_however_much_waits(monkeypatch: pytest.MonkeyPa
     model = trained(12)
     requests(model)
     calls = counted(monkeypatch, model.ledger, "requests")
-    assert len(lifecycle.ready(model.context)) > 10
+    assert len(ready(model.context)) > 10
     assert len(calls) == 1
 
 
@@ -258,7 +258,7 @@ def test_where_reads_what_records_touched_once_for_all(monkeypatch: pytest.Monke
     calls = []
     for asked in (ids[:6], ids):
         found = counted(monkeypatch, model.ledger, "heads", "checkpoints", "exports", "slices")
-        assert {place.state for place in query.where(model.context, asked)} == {"trained"}
+        assert {place.state for place in where(model.context, asked)} == {"trained"}
         calls.append(len(found))
     assert calls[0] == calls[1] > 0
 
@@ -275,9 +275,9 @@ def test_the_history_of_all_requests_is_read_once(monkeypatch: pytest.MonkeyPatc
     model = trained(2)
     past(model.ledger, 50)
     calls = counted(monkeypatch, model.ledger, "events", "requests")
-    views = lifecycle.views(model.context)
+    found = views(model.context)
     assert sorted(calls) == ["events", "requests"]
-    assert [len(view.events) for view in views] == [3] * 50
+    assert [len(view.events) for view in found] == [3] * 50
 
 
 def test_a_writer_does_not_hash_the_whole_history_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     monkeypatch.setattr(model.ledger, "scrub", lambda removed=(): looked_for.append(removed))
     first, second = requests(model)
     gone = rows_named(model.context, first)
-    lifecycle.carry_out(model.context, [first])
+    carry_out(model.context, [first])
     assert [each for each in looked_for if each != ()] == [gone]
     named = {second.request_id: rows_named(model.context, second)}
     commit_removed(model.context, Removal([second], named), Change())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sisa.core.errors import ConfigConflict, SisaError, UnknownRecord
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.model import Model, open_model
 from tests.models.confessing import NUM_RECORDS, context_of, record
 from tests.models.opened_files import opened_files

@@ -15,13 +15,22 @@ from hypothesis import strategies as st
 from sisa.core.domain import Export
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.core.requests import Request
-from sisa.flows import lifecycle
 from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
 from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, find, view_of
 from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import (
+    Terms,
+    carry_out,
+    decide,
+    extend,
+    find_request,
+    plan_run,
+    ready,
+    submit,
+    view_of,
+)
 from sisa.planning.batching import RunPlan
 from tests.fakes.ports import PARTS, FakeModel, changed, fake_model, fake_record
 
@@ -66,22 +75,22 @@ def sound(context: Context, request: Request, now: datetime) -> None:
 def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], now: datetime) -> None:
     fake = model_with(times)
     context = fake.context
-    one = lifecycle.submit(context, fake.rows(3), (), Terms(external_id="T-1"))
-    other = lifecycle.submit(context, fake.rows(4), (), Terms(approver="dpo"))
+    one = submit(context, fake.rows(3), (), Terms(external_id="T-1"))
+    other = submit(context, fake.rows(4), (), Terms(approver="dpo"))
     for each in (one, other):
         sound(context, each, now)
-    lifecycle.decide(context, "T-1", "held", "a court")
-    lifecycle.decide(context, "T-1", "approved", "dpo")
-    lifecycle.extend(context, "T-1", "complex")
-    plan: RunPlan = lifecycle.plan_run(context)
+    decide(context, "T-1", "held", "a court")
+    decide(context, "T-1", "approved", "dpo")
+    extend(context, "T-1", "complex")
+    plan: RunPlan = plan_run(context)
     assert set(plan.requests) == {one.request_id, other.request_id}
     assert plan.expected_arrivals >= 0
     assert date.fromisoformat(str(plan.run_by))
-    done = lifecycle.carry_out(context, lifecycle.ready(context))
+    done = carry_out(context, ready(context))
     assert {each.state for each in done} == {"completed"}
     for each in done:
         sound(context, each, now)
-    states = [each.state for each in view_of(context, find(context, "T-1")).events]
+    states = [each.state for each in view_of(context, find_request(context, "T-1")).events]
     assert states == ["received", "held", "approved", "approved", *WHOLE_LIFE[2:]]
 
 
@@ -106,7 +115,7 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
     assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
     sound(context, request, now)
     reconcile(context)
-    done = find(context, request.request_id)
+    done = find_request(context, request.request_id)
     assert done.state == "completed"
     sound(context, done, now)
     assert not fake.rows(3)
@@ -119,17 +128,17 @@ def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: dat
     """It is shown with the days left by the present clock; cancelled and sent again it is right."""
     fake = model_with([received])
     context = fake.context
-    wrong = lifecycle.submit(context, fake.rows(3), (), Terms(external_id="T-1"))
+    wrong = submit(context, fake.rows(3), (), Terms(external_id="T-1"))
     right = changed(context, now=Clock([now]))
     sound(right, wrong, now)
-    lifecycle.decide(right, wrong.request_id, "cancelled", "a wrong clock")
-    again = lifecycle.submit(right, fake.rows(3), (), Terms(external_id="T-2", approver="dpo"))
+    decide(right, wrong.request_id, "cancelled", "a wrong clock")
+    again = submit(right, fake.rows(3), (), Terms(external_id="T-2", approver="dpo"))
     assert 28 <= view_of(right, again).days_left <= 31
-    (done,) = lifecycle.carry_out(right, [again])
+    (done,) = carry_out(right, [again])
     assert done.state == "completed"
 
 
 def test_a_due_date_is_checked_against_the_present_clock() -> None:
     fake = model_with([datetime(2026, 1, 10, tzinfo=UTC)])
     with pytest.raises(SisaError, match="before the day of receipt"):
-        lifecycle.submit(fake.context, fake.rows(3), (), Terms(due="2026-01-09"))
+        submit(fake.context, fake.rows(3), (), Terms(due="2026-01-09"))

@@ -17,7 +17,7 @@ from sisa.data.drop_lists import Download, Listed
 from sisa.data.identifiers import hashes
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import carry_out, decide
+from sisa.flows.requests import carry_out, decide
 from sisa.flows.rights import drop
 from sisa.flows.rights.drop import cycle_standing, details, import_lists
 from tests.crash import crashing
@@ -212,8 +212,8 @@ def test_one_withdrawal_of_two_lets_nothing_in_again(fake: FakeModel) -> None:
 
 
 def test_other_deletions_leave_no_identity(fake: FakeModel) -> None:
-    from sisa.flows.lifecycle import Terms, submit
-    from sisa.flows.query import of_subject
+    from sisa.flows.locations import of_subject
+    from sisa.flows.requests import Terms, submit
 
     live, _ = of_subject(fake.context, "bob")
     request = submit(fake.context, live, (), Terms(approver="dpo"))

@@ -13,7 +13,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import ConfigConflict, SisaError
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, carry_out, decide, forget_at_once, new_request, submit
+from sisa.flows.requests import Terms, carry_out, decide, forget_at_once, new_request, submit
 from sisa.model import Model, open_model
 from tests.fakes.ports import changed, fake_model, fake_record
 from tests.models.confessing import NUM_RECORDS, RUN_FILE, record, train_in, use_fake_resources

@@ -10,7 +10,7 @@ from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import EnvironmentFault
 from sisa.core.requests import Probed
 from sisa.flows.ingest import train
-from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.requests import Terms, carry_out, submit
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 TERMS = Terms(approver="a person")

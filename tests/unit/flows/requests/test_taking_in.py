@@ -13,7 +13,7 @@ import pytest
 
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, ConfigConflict
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.flows.restored_backup import witness_standing
 from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.flows.wiring.wiring import open_as_it_is
@@ -28,7 +28,6 @@ NUM_RECORDS, NUM_DELETED, NUM_EACH = 64, 8, num_examples(6, share=2)
 RECORDS = [fake_record(number, f"subject-{number % 16}") for number in range(NUM_RECORDS)]
 SUBMIT = """
 import sys
-from sisa.flows.lifecycle import Terms
 from sisa.model import Model
 model = Model(sys.argv[1], executor="serial")
 for number in map(int, sys.argv[2:]):

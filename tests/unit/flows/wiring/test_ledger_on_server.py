@@ -19,7 +19,7 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.garbage import collect_garbage
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.flows.lifecycle import Terms
+from sisa.flows.requests import Terms
 from sisa.flows.wiring import moving
 from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_place, model_lock, open_ledger
 from sisa.flows.wiring.moving import LedgerMoved, move_ledger

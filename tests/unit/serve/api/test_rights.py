@@ -31,7 +31,7 @@ from sisa.data.reader import read_records
 from sisa.evidence.keys.model_keys import keys_of
 from sisa.flows.context.commit import commit
 from sisa.flows.context.served import restricting, restrictions, served_keys
-from sisa.flows.query import of_subject
+from sisa.flows.locations import of_subject
 from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
@@ -226,7 +226,7 @@ def test_a_record_that_its_slice_lacks_is_not_left_out_of_an_access_file(bare: P
     with model.context() as context:
         (row, *others), deleted = of_subject(context, WHO)
         rows = [replace(row, id_digest="0" * 64), *others]
-        with pytest.raises(IntegrityError, match="records that it holds"):
+        with pytest.raises(IntegrityError, match="file of their slice"):
             held_of(context, model.config, rows, deleted)
 
 

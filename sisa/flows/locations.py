@@ -1,31 +1,23 @@
-"""Answer where a record is and what it touched, and what a content search proposes.
+"""Locate records: the rows of ids and subjects, where each record is, and what it touched.
 
-The index proposes, the ledger decides: a candidate that the ledger does not hold is not a hit. This
-module writes nothing. Ids appear only in answers to callers who asked for them.
+This module writes nothing. Ids appear only in answers to callers who asked for them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
-from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
-from sisa.core.errors import IntegrityError, InvalidInput, Problem, UnknownRecord
+from sisa.core.domain import Export, HeldCheckpoint, RecordRow, Tombstone
+from sisa.core.errors import InvalidInput, Problem, UnknownRecord
 from sisa.core.patches import PatchState, SetRole, VaultSet
-from sisa.core.ports import Vectors
 from sisa.data.record_rules import normal_subject
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import restrictions
-from sisa.flows.context.slices import slices_of, stored_in
 from sisa.flows.reconcile import not_erased, under_way
 from sisa.planning.hidden_state_files import slice_start
 from sisa.planning.plan import touched
-
-NUM_NEAR = 50  # most near-duplicates that are proposed
-SHOWN_CHARS = 300  # shown of a candidate's text
 
 
 @dataclass(frozen=True)
@@ -66,19 +58,6 @@ class Location:
     generation: int = 0  # in which it was appended
     restricted_since: str | None = None  # it is stored and not served
     not_erased: Mapping[str, int | None] = field(default_factory=dict)  # from `reconcile.not_erased`
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Describe a candidate record."""
-
-    id: str
-    score: float
-    shard: int
-    slice: int
-    match: str  # "subject" if the ledger named it, "content" if the index did
-    subject: str | None = None
-    text: str | None = None  # its beginning without system turns, if the caller asked for it
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[RecordRow | Tombstone]:
@@ -226,123 +205,4 @@ def _location(
         kept_states=tuple(stored.location(name) for name in made.states if name.startswith(start)),
         generation=context.settings.assigner.layout.generation(held.slice),
         restricted_since=made.restricted.get(held.subject_digest or ""),
-    )
-
-
-def find_candidates(
-    context: Context,
-    *,
-    text: str | None,
-    subject: str | None,
-    like: str | None,
-    top_k: int,
-    show_text: bool,
-) -> list[Candidate]:
-    """Return candidates: like a text, of a subject and like those, or like the record with an id."""
-    if subject is not None:
-        rows, _ = of_subject(context, subject)
-        own = [
-            _candidate(record, 1.0, row, "subject")
-            for record, row in zip(records_of(context, rows), rows, strict=True)
-        ]
-        found = own + _similar(context, rows, top_k) if rows else []
-    elif like is not None:
-        (row,) = lookup(context, [like])
-        if isinstance(row, Tombstone):
-            raise UnknownRecord(
-                "that record is deleted: its vector is gone with it",
-                next_step="`sisa where` shows when and by which request",
-            )
-        found = _similar(context, [row], top_k)
-    else:
-        vectors = context.compute.embed([str(text)])
-        found = _candidates(context, _search(context, vectors, top_k), top_k)
-    return found if show_text else _without_text(found)
-
-
-def near(
-    context: Context, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
-) -> list[Candidate]:
-    """Return records at least `threshold` near one of `rows`, except `known` copies."""
-    return _without_text(_similar(context, rows, NUM_NEAR, threshold, known))
-
-
-def _without_text(found: Iterable[Candidate]) -> list[Candidate]:
-    return [replace(each, text=None) for each in found]
-
-
-def _similar(
-    context: Context,
-    rows: Sequence[RecordRow],
-    top_k: int,
-    threshold: float = -math.inf,
-    known: Sequence[RecordRow] = (),
-) -> list[Candidate]:
-    """Return the records that are most like some rows, except these rows and `known` ones."""
-    places = {(row.shard, row.vector_id) for row in (*rows, *known)}
-    hits = _search(context, _vectors(context, rows), top_k + len(places))
-    close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
-    return _candidates(context, close, top_k)
-
-
-def _search(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
-    """Return the best hits over all shards and queries, one for each record, best first."""
-    each = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k)
-    found = [hit for hits in each for hit in hits]
-    best: dict[tuple[int, int], Hit] = {}
-    for hit in sorted(found, key=lambda hit: (-hit.score, hit.shard, hit.vector_id)):
-        best.setdefault((hit.shard, hit.vector_id), hit)
-    return list(best.values())
-
-
-def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
-    """Return the plain ids of rows, sorted."""
-    return sorted(record.id for record in records_of(context, rows))
-
-
-def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
-    import numpy as np
-
-    found = []
-    for file in context.stores.ledger.indexes():
-        wanted = [row.vector_id for row in rows if row.shard == file.shard]
-        if wanted:
-            found.append(context.stores.index.vectors(file, wanted))
-    if sum(map(len, found)) < len(rows):
-        raise _contradiction("vectors of records that it holds")
-    return np.concatenate(found)
-
-
-def _candidates(context: Context, hits: Iterable[Hit], top_k: int) -> list[Candidate]:
-    """Return the records of the best hits; a hit that the ledger does not hold is none."""
-    by_vector = context.stores.ledger.by_vector
-    rows = ((hit, by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)) for hit in hits)
-    chosen = list(islice(((hit, row) for hit, row in rows if row is not None), top_k))
-    records = records_of(context, [row for _, row in chosen])
-    return [
-        _candidate(record, round(hit.score, 6), row, "content")
-        for (hit, row), record in zip(chosen, records, strict=True)
-    ]
-
-
-def _candidate(record: Record, score: float, row: RecordRow, match: str) -> Candidate:
-    said = [part.text for part in record.parts if part.role != "system"]
-    text = " ".join(" ".join(said).split())
-    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
-    return Candidate(record.id, score, row.shard, row.slice, match, record.subject_id, shown)
-
-
-def records_of(context: Context, rows: Sequence[RecordRow]) -> list[Record]:
-    """Return the records of rows, in their order, from their slice files. Raise IntegrityError."""
-    held = stored_in(context, slices_of(context, rows), rows)
-    records = {each.id_digest: each.record for each in held}
-    if not records.keys() >= {row.id_digest for row in rows}:
-        raise _contradiction("slices of records that it holds")
-    return [records[row.id_digest] for row in rows]
-
-
-def _contradiction(what: str) -> IntegrityError:
-    return IntegrityError(
-        f"the ledger lacks {what}",
-        next_step="run `sisa verify`; restore the model directory from a backup",
     )

@@ -20,25 +20,28 @@ from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.domain import Part, Record, RecordRow
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.core.requests import Request, RequestState
-from sisa.flows import lifecycle, query
 from sisa.flows.context.areas import unlisted
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest
+from sisa.flows.context.slices import ids_of
 from sisa.flows.ingest import add, train
-from sisa.flows.lifecycle import (
+from sisa.flows.locations import of_subject, where
+from sisa.flows.reconcile import reconcile
+from sisa.flows.requests import (
     Terms,
     carry_out,
     copies,
     decide,
     extend,
-    find,
+    find_request,
     forget_at_once,
     new_request,
+    plan_run,
+    ready,
     submit,
     view_of,
     views,
 )
-from sisa.flows.reconcile import reconcile
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS
 from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
@@ -63,7 +66,7 @@ def test_subjects_of_records_from_python_have_one_spelling() -> None:
     spellings = ("Jos\u00e9", " Jose\u0301 ")
     train(fake.context, [fake_record(number, each) for number, each in enumerate(spellings)])
     for each in spellings:
-        live, _ = query.of_subject(fake.context, each)
+        live, _ = of_subject(fake.context, each)
         assert len(live) == 2
 
 
@@ -84,11 +87,11 @@ def held_numbers(fake: FakeModel) -> set[int]:
 
 
 def run_all(fake: FakeModel) -> tuple[Request, ...]:
-    return carry_out(fake.context, lifecycle.ready(fake.context))
+    return carry_out(fake.context, ready(fake.context))
 
 
 def state(fake: FakeModel, request: Request) -> RequestState:
-    return find(fake.context, request.request_id).state
+    return find_request(fake.context, request.request_id).state
 
 
 def states(fake: FakeModel, request: Request) -> list[RequestState]:
@@ -160,7 +163,7 @@ def test_the_term_counts_from_the_day_of_receipt_though_it_has_passed(fake: Fake
     assert (own.received_on, own.due) == ("2025-11-27", "2025-11-30")
     with pytest.raises(InvalidInput, match="before the day of receipt"):
         asked(fake, 6, terms=Terms(received_on="2025-11-27", due="2025-11-26"))
-    assert lifecycle.plan_run(fake.context).why == "a request is overdue"
+    assert plan_run(fake.context).why == "a request is overdue"
 
 
 @pytest.mark.parametrize("reason", ["sisa rectify", "California DROP"])
@@ -179,7 +182,7 @@ def test_a_due_date_of_ones_own_replaces_the_regimes(fake: FakeModel) -> None:
 def test_an_unknown_request_is_unknown(fake: FakeModel) -> None:
     asked(fake, 3)
     with pytest.raises(UnknownRecord):
-        find(fake.context, "req-none")
+        find_request(fake.context, "req-none")
     with pytest.raises(UnknownRecord):
         extend(fake.context, "T-1", "complex")
 
@@ -195,7 +198,7 @@ def test_the_same_external_id_with_the_same_records_is_the_same_request(fake: Fa
     assert asked(fake, 3, 4, terms=terms) == done  # after its completion, too
     assert len(fake.ledger.requests()) == 1
     assert states(fake, first) == WHOLE_LIFE
-    assert find(fake.context, "T-1") == find(fake.context, first.request_id) == done
+    assert find_request(fake.context, "T-1") == find_request(fake.context, first.request_id) == done
 
 
 def test_an_approver_who_comes_later_approves_the_same_request(fake: FakeModel) -> None:
@@ -315,7 +318,7 @@ def test_the_most_urgent_comes_first(fake: FakeModel) -> None:
         moment = f"2026-01-0{number + 1}T00:00:00+00:00"
         context = changed(fake.context, now=partial(str, moment))
         received.append(submit(context, fake.rows(number), (), replace(APPROVED, due=due)))
-    found = lifecycle.ready(fake.context)
+    found = ready(fake.context)
     assert [received.index(each) for each in found] == [1, 3, 2, 0]
 
 
@@ -335,7 +338,7 @@ def test_decisions_need_their_reason_or_approver(
         extend(fake.context, request.request_id, " ")
     assert states(fake, request) == ["received"]
     decided = decide(fake.context, request.request_id, decision, note)
-    assert decided == find(fake.context, request.request_id)
+    assert decided == find_request(fake.context, request.request_id)
     last = view_of(fake.context, request).events[-1]
     assert (decided.state, last.state, last.note) == (decision, decision, note)
 
@@ -382,7 +385,7 @@ def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
     same = copies(with_copies.context, with_copies.rows(3), full_scan=True)
-    found = query.ids_of(with_copies.context, same)
+    found = ids_of(with_copies.context, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)
     assert (done.num_records, done.num_copies) == (1, 2)
@@ -445,7 +448,7 @@ def test_what_was_deleted_is_refused_unless_allowed(fake: FakeModel, comeback: R
     assert (held_bytes(fake), fake.ledger.seq()) == (before, seq)
     taken = add(fake.context, [comeback], allow_deleted=True)
     assert taken.added == 1
-    assert [each.state for each in query.where(fake.context, [comeback.id])] == ["trained"]
+    assert [each.state for each in where(fake.context, [comeback.id])] == ["trained"]
     assert comeback.id in served(fake)
 
 
@@ -457,7 +460,7 @@ def test_a_record_that_came_back_can_be_deleted_again(fake: FakeModel) -> None:
     (done,) = run_all(fake)
     assert (done.request_id, done.state, done.num_records) == (second.request_id, "completed", 1)
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
-    assert [each.state for each in query.where(fake.context, ["id-0003"])] == ["deleted"]
+    assert [each.state for each in where(fake.context, ["id-0003"])] == ["deleted"]
 
 
 def test_a_request_that_only_waits_does_not_guard(fake: FakeModel) -> None:
@@ -484,7 +487,7 @@ def failing(fake: FakeModel, context: Context | None = None) -> None:
     """Run what is approved and see it fail."""
     context = context or fake.context
     with pytest.raises(EnvironmentFault):
-        carry_out(context, lifecycle.ready(context))
+        carry_out(context, ready(context))
 
 
 def untrainable(fake: FakeModel) -> Context:
@@ -494,7 +497,7 @@ def untrainable(fake: FakeModel) -> Context:
 def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeModel) -> None:
     request = asked(fake, 0, 1, 2, 3)
     failing(fake, untrainable(fake))
-    found = view_of(fake.context, find(fake.context, request.request_id))
+    found = view_of(fake.context, find_request(fake.context, request.request_id))
     assert (found.request.state, found.request.cause) == ("failed", "EnvironmentFault")
     assert found.request.committed_at == DAY
     assert (found.events[-1].state, found.events[-1].note) == ("failed", "EnvironmentFault")
@@ -503,12 +506,12 @@ def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeMo
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
             decide(fake.context, request.request_id, decision, "too late")
-    assert lifecycle.ready(fake.context) == []  # it is not deleted twice, only finished
+    assert ready(fake.context) == []  # it is not deleted twice, only finished
     meanwhile: list[Request] = []
-    fake.before_run.append(lambda: meanwhile.append(find(fake.context, request.request_id)))
+    fake.before_run.append(lambda: meanwhile.append(find_request(fake.context, request.request_id)))
     reconcile(fake.context)
     assert [(each.state, each.cause) for each in meanwhile] == [("erased", "")]
-    done = find(fake.context, request.request_id)
+    done = find_request(fake.context, request.request_id)
     assert (done.state, done.cause) == ("completed", "")
     assert states(fake, request) == [
         *WHOLE_LIFE[:5],
@@ -529,20 +532,20 @@ def test_a_failed_erasure_is_a_state_of_its_own_and_is_finished_later(
         effect = "keep_losses" if part == METRICS else "erase"
         patch.setattr(getattr(fake.context.stores, part), effect, Broken())
         failing(fake)
-        found = find(fake.context, request.request_id)
+        found = find_request(fake.context, request.request_id)
         assert (found.state, found.cause) == ("erasure_failed", "EnvironmentFault")
         assert states(fake, request) == [*WHOLE_LIFE[:4], "erasure_failed"]
         assert "id-0003" not in served(fake)
         for area, left in unlisted(fake.context).items():  # no other is kept from its erasure
             assert bool(left) == (area == part)
-        (gone,) = query.where(fake.context, ["id-0003"])
+        (gone,) = where(fake.context, ["id-0003"])
         assert set(gone.not_erased) == {part} - {METRICS}
         with pytest.raises(EnvironmentFault):
             reconcile(fake.context)  # it is said as often as it is tried
         assert "Ada" not in repr(fake.ledger.tables)
     reconcile(fake.context)
     assert (state(fake, request), states(fake, request)[-3:]) == ("completed", WHOLE_LIFE[4:])
-    assert query.where(fake.context, ["id-0003"])[0].not_erased == {}
+    assert where(fake.context, ["id-0003"])[0].not_erased == {}
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
 
 
@@ -552,7 +555,7 @@ def fails_before_the_commit(fake: FakeModel, patch: pytest.MonkeyPatch) -> Reque
     patch.setattr(fake.records, "write", Broken())
     failing(fake)
     patch.undo()
-    found = find(fake.context, request.request_id)
+    found = find_request(fake.context, request.request_id)
     assert (found.state, found.cause, found.committed_at) == ("failed", "EnvironmentFault", "")
     assert states(fake, request) == ["received", "approved", "failed"]
     reconcile(fake.context)  # which has nothing to finish
@@ -588,7 +591,7 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
     fake.records.erase([others[0].name])
     with pytest.raises(SisaError):
         run_all(fake)
-    found = find(fake.context, request.request_id)
+    found = find_request(fake.context, request.request_id)
     assert (found.state, found.cause, found.committed_at) == ("failed", "IntegrityError", "")
     assert held_numbers(fake) == set(range(NUM_RECORDS))
 
@@ -635,12 +638,12 @@ def test_another_batch_finishes_what_a_failure_left(fake: FakeModel) -> None:
 
 
 def test_a_plan_names_what_waits_and_changes_nothing(fake: FakeModel) -> None:
-    assert lifecycle.plan_run(fake.context).choice == "nothing to do"
+    assert plan_run(fake.context).choice == "nothing to do"
     asked(fake, 1, terms=Terms())
-    assert lifecycle.plan_run(fake.context).choice == "nothing to do"
+    assert plan_run(fake.context).choice == "nothing to do"
     request = asked(fake, 2)
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    found = lifecycle.plan_run(fake.context)
+    found = plan_run(fake.context)
     assert found.requests == (request.request_id,)
     assert found.run_by == "2026-01-29"
     assert (held_bytes(fake), repr(fake.ledger.tables)) == (before, tables)
@@ -651,7 +654,7 @@ def test_a_plan_names_what_waits_and_changes_nothing(fake: FakeModel) -> None:
 @pytest.mark.parametrize("left", [0, 3])
 def test_a_plan_runs_what_is_due(fake: FakeModel, left: int) -> None:
     asked(fake, 2, terms=replace(APPROVED, due=f"2026-01-{1 + left:02d}"))
-    found = lifecycle.plan_run(fake.context)
+    found = plan_run(fake.context)
     assert (found.choice, found.run_by) == ("run now", "2026-01-01")
 
 
@@ -660,13 +663,13 @@ def test_a_plan_of_a_model_without_records() -> None:
     asked(fake, 1)
     run_all(fake)
     asked(fake, 1)
-    assert lifecycle.plan_run(fake.context).choice == "run now"
+    assert plan_run(fake.context).choice == "run now"
 
 
 def test_a_plan_finishes_what_a_failure_left(fake: FakeModel) -> None:
     asked(fake, 1)
     failing(fake, untrainable(fake))
-    assert lifecycle.plan_run(fake.context).choice == "run now"
+    assert plan_run(fake.context).choice == "run now"
 
 
 # --- histories
@@ -713,7 +716,7 @@ def test_any_history_of_requests_leaves_what_was_not_completed(
                 run_all(fake)
             else:
                 try:
-                    carry_out(untrainable(fake), lifecycle.ready(fake.context))
+                    carry_out(untrainable(fake), ready(fake.context))
                 except EnvironmentFault:
                     reconcile(fake.context)
             expected = ["completed" if each == "approved" else each for each in expected]

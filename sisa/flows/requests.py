@@ -34,10 +34,10 @@ from sisa.core.requests import (
     moved,
     waits_to_run,
 )
+from sisa.flows.candidates import Candidate
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
 from sisa.flows.deletion import Deleted, delete, legal_holds, plan_forget, retry_overtaken, rows_named
-from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans, under_way
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.cost import shard_costs
@@ -249,7 +249,7 @@ def _stands_for(
     return asked <= known and all(each.text_digest in texts for each in extra)
 
 
-def find(context: Context, request_id: str) -> Request:
+def find_request(context: Context, request_id: str) -> Request:
     """Return a request by its id or its external id. Raise UnknownRecord."""
     for request in context.stores.ledger.requests():
         if request_id in (request.request_id, request.external_id):
@@ -292,7 +292,7 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     if state == "approved" and not approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():
-        found = find(context, request_id)
+        found = find_request(context, request_id)
         request = moved(found, state, approver)
         if state == "approved" and context.settings.four_eyes:
             check_four_eyes(found.submitter, approver)
@@ -307,7 +307,7 @@ def extend(context: Context, request_id: str, reason: str, by: str = "") -> Requ
     Raise ConfigConflict or InvalidInput.
     """
     with context.stores.ledger.exclusive():
-        request = extended(find(context, request_id), reason)
+        request = extended(find_request(context, request_id), reason)
         note = ": ".join(filter(None, (by, f"extended to {request.due}", reason)))
         commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
