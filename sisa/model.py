@@ -339,8 +339,8 @@ class Model(ModelDirectory):
         """
         with self.context() as context, context.stores.ledger.snapshot():
             if digest is None:
-                return held_of(context, self.config, *held_and_deleted(context, ids, subject), subject)
-            found = held_of(context, self.config, *of_digest(context, digest))
+                return held_of(context, *held_and_deleted(context, ids, subject), subject)
+            found = held_of(context, *of_digest(context, digest))
             names = (each["data"].get("subject_id") for each in found["records"])
             return {**found, "subject": next(names, None)}
 
@@ -393,7 +393,7 @@ class Model(ModelDirectory):
         """Return shards, slices, heads, requests and sizes."""
         with self.context(outdated=True) as context:
             names = self.base.name, self.embedder.name
-            return status_of(context, self.directory, self.config, *names)
+            return status_of(context, self.directory, *names)
 
     @retry_read
     def slice_standings(self) -> dict[int, list[SliceStanding]]:

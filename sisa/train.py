@@ -302,13 +302,14 @@ def _move(
     with wiring.open_context(
         model.directory, resources, Keyed(model.secret), model.id, model.executor, model.report
     ) as context:
-        done = _apply(context, config, resources, effects)
+        done = _apply(context, resources, effects)
     keep_key(model.directory, config, model.id, model.secret)
     return done
 
 
-def _apply(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
+def _apply(context: Context, resources: Resources, effects: set[Effect]) -> Trained:
     """Carry out the effects of a changed run file, and store it."""
+    config = context.settings.config
     if "reset" in effects:
         held = [each.record for each in reconfigure.all_records(context)]
         check_risks(config.sisa.bands, held)

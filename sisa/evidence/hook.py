@@ -168,7 +168,7 @@ def _draft(
     files = slices_of(context, rows)
     shards = sorted({row.shard for row in rows})
     states: frozenset[str] = frozenset()
-    if context.settings.keeps_hidden_states:
+    if context.settings.config.prefix_cache_bytes:
         names = states_names(files, context.recipe, context.compute.fingerprint)
         states = context.stores.hidden_states.held() & names
     held = Held(

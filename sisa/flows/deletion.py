@@ -248,7 +248,7 @@ def _keep_states(context: Context, removed: Collection[str], held: Sequence[Slic
 
     They are a cache: what is not copied is computed again.
     """
-    if not context.settings.keeps_hidden_states:
+    if not context.settings.config.prefix_cache_bytes:
         return
     store = context.stores.hidden_states
     with contextlib.suppress(SisaError):

@@ -116,7 +116,7 @@ def new_request(
     """
     if terms.approver is not None and not terms.approver.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
-    if context.settings.four_eyes:
+    if context.settings.config.service.four_eyes:
         check_four_eyes(terms.submitter, terms.approver)
     found = copies(context, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
@@ -294,7 +294,7 @@ def decide(context: Context, request_id: str, state: RequestState, note: str, by
     with context.stores.ledger.exclusive():
         found = find_request(context, request_id)
         request = moved(found, state, approver)
-        if state == "approved" and context.settings.four_eyes:
+        if state == "approved" and context.settings.config.service.four_eyes:
             check_four_eyes(found.submitter, approver)
         signed_note = ": ".join(filter(None, (by, note)))
         commit(context, Change(requests=[request], events=[event(request, context.now(), signed_note)]))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sisa.config.config import RunConfig
 from sisa.core.domain import Export, Kind, WitnessHead
 from sisa.core.errors import IntegrityError
 from sisa.core.ledger_meta import TRAINED_ANEW
@@ -110,14 +109,14 @@ class Status:
     restricted_records: int = 0
 
 
-def status_of(context: Context, directory: Path, config: RunConfig, base: str, embedder: str) -> Status:
+def status_of(context: Context, directory: Path, base: str, embedder: str) -> Status:
     """Return the state of a model; `base` and `embedder` are their names."""
     exports = tuple(export_statuses(context))
     prompts = held_prompts(context)
-    kept = [HIDDEN_STATES] if context.settings.keeps_hidden_states else []
+    kept = [HIDDEN_STATES] if context.settings.config.prefix_cache_bytes else []
     areas = (RECORDS, INDEX, CHECKPOINTS, *kept)
     sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
-    ledger, recipe = context.stores.ledger, context.recipe
+    ledger, recipe, own = context.stores.ledger, context.recipe, context.settings.config.sisa
     with ledger.snapshot():
         views = view_shards(context, [head.shard for head in ledger.heads()])
         full = full_record_epochs(views, recipe)
@@ -129,7 +128,7 @@ def status_of(context: Context, directory: Path, config: RunConfig, base: str, e
             base_model=base,
             base_digest=context.settings.base,
             embedder=embedder,
-            schedule=config.sisa.schedule,
+            schedule=own.schedule,
             shards=tuple(shard_statuses(context)),
             requests=tuple(ledger.requests()),
             as_of=context.now(),
@@ -140,7 +139,7 @@ def status_of(context: Context, directory: Path, config: RunConfig, base: str, e
             num_orders=1 + len(recipe.other_orders),
             serving_depth=serving_depth(served_heads(ledger), views),
             record_epochs_full=full,
-            checkpoint_budget_bytes=config.sisa.checkpoint_budget_bytes,
+            checkpoint_budget_bytes=own.checkpoint_budget_bytes,
             records_without_subject=ledger.num_without_subject()[0],
             checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
             record_epochs_others=full_record_epochs(views, recipe, recipe.other_orders) - full,

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from sisa.config.config import Aggregation, RunConfig, SisaBlock
+from sisa.config.sources import DatasetSource
 from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, canonical_json, sha256_hex
 from sisa.core.domain import (
@@ -39,7 +41,7 @@ from sisa.core.domain import (
 from sisa.core.errors import IntegrityError
 from sisa.core.event_chain import EventChain
 from sisa.core.events import Report, SliceTrained, silent
-from sisa.core.patches import PatchJob, PatchMode
+from sisa.core.patches import PatchJob
 from sisa.core.ports import (
     By,
     CheckpointStore,
@@ -324,6 +326,18 @@ def changed(context: Context, **fields: Any) -> Context:
     return replace(context, **fields)
 
 
+def with_config(context: Context, **keys: Any) -> Context:
+    """Return the context with some keys of the run file replaced."""
+    return changed(context, config=context.settings.config.model_copy(update=keys))
+
+
+FAKE_CONFIG = RunConfig(
+    datasets=(DatasetSource(path="people.jsonl"),),
+    output_dir=Path("model"),
+    sisa=SisaBlock(aggregation=Aggregation(method="mean_prob")),  # so no prompts are looked up
+)
+
+
 def fake_recipe(
     num_slices: int = 3,
     schedule: Schedule = "cumulative",
@@ -342,7 +356,6 @@ def fake_model(
     num_shards: int = 3,
     recipe: Recipe | None = None,
     fingerprint: str = "fingerprint",
-    patch_mode: PatchMode = "sequential",
     bands: Bands | None = None,
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
@@ -372,7 +385,7 @@ def fake_model(
     fake.context = Context(
         stores,
         compute,
-        Settings(assigner, recipe, patch_mode, EventChain(Keyed(SECRET), began_unkeyed=True)),
+        Settings(FAKE_CONFIG, assigner, recipe, EventChain(Keyed(SECRET), began_unkeyed=True)),
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
         hooks=(PatchesHook(),),

@@ -102,11 +102,10 @@ def context_of(
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
     )
     settings = Settings(
+        config,
         assigner=Assigner(Keyed(SECRET), config.layout),
         unpatched_recipe=config.recipe(BASE),
-        patch_mode=config.patch_mode,
         chain=EventChain(Keyed(SECRET)),
-        keeps_hidden_states=config.prefix_cache_bytes > 0,
     )
     context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
     with contextlib.closing(ledger):

@@ -32,7 +32,7 @@ from sisa.flows.restored_backup import catch_up
 from sisa.planning.patch_plan import needed
 from tests.crash import Crash, Fuse
 from tests.examples import num_examples
-from tests.fakes.ports import changed, fake_model
+from tests.fakes.ports import fake_model, with_config
 from tests.property.histories import History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
@@ -70,7 +70,7 @@ class Patched(Model):
 
     def __init__(self, first: tuple[int, ...], mode: PatchMode) -> None:
         super().__init__(History(2, 2, "cumulative", (), ()))
-        self.fake.context = changed(self.fake.context, patch_mode=mode)
+        self.fake.context = with_config(self.fake.context, patch_mode=mode)
         self.trained_over = trained_over(self.fake.ledger)
         self.given: dict[str, set[int]] = {}  # numbers of the records in each set that there ever was
         super().step("add", first)
@@ -115,8 +115,10 @@ class Patched(Model):
                 shards_over(context, active(self.patches()))
                 reconcile(context)
         elif step.kind == "mode":
-            mode: PatchMode = "joint" if context.settings.patch_mode == "sequential" else "sequential"
-            self.fake.context = changed(context, patch_mode=mode)
+            mode: PatchMode = (
+                "joint" if context.settings.config.patch_mode == "sequential" else "sequential"
+            )
+            self.fake.context = with_config(context, patch_mode=mode)
             reconcile(self.fake.context)
         elif step.kind == "rot":
             self.fake.vault.erase([each.name for each in self.some_set(step)])
@@ -183,7 +185,10 @@ class Patched(Model):
         ledger, context = self.fake.ledger, self.context
         held = {each.name for each in ledger.vault() if each.held}
         keep = needed(
-            self.patches(), context.settings.patch_mode, ledger.vault(), vault_sets.deletable(context)
+            self.patches(),
+            context.settings.config.patch_mode,
+            ledger.vault(),
+            vault_sets.deletable(context),
         )
         assert held <= keep
         assert self.fake.vault.held() <= held

@@ -61,8 +61,8 @@ def held_prompts(context: Context, *, note: bool = False) -> HeldPrompts | None:
 
     With `note`, it is noted in the ledger, so that `sisa status` need not search for it.
     """
-    block = context.settings.routing
-    if block is None or block.aggregation.method != "routed":
+    block = context.settings.config.sisa
+    if block.aggregation.method != "routed":
         return None
     ledger = context.stores.ledger
     indexes = sorted([each.shard, each.sha256] for each in ledger.indexes())

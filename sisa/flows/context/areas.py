@@ -27,7 +27,7 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
 
 def _known_hidden_states(context: Context) -> frozenset[str]:
     """Return the held files of hidden states of the present slices."""
-    if not context.settings.keeps_hidden_states:
+    if not context.settings.config.prefix_cache_bytes:
         return frozenset()
     try:
         held = context.stores.hidden_states.held()

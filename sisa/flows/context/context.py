@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sisa.config.config import SisaBlock
+from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import patched_digest
 from sisa.core.domain import Record
@@ -18,7 +18,7 @@ from sisa.core.event_chain import EventChain
 from sisa.core.events import Report
 from sisa.core.hooks import DeletionHook
 from sisa.core.ledger_meta import TRAINED_OVER
-from sisa.core.patches import Patch, PatchMode
+from sisa.core.patches import Patch
 from sisa.planning.layout import Assigner
 from sisa.planning.plan import Recipe
 
@@ -56,15 +56,12 @@ class Compute:
 
 @dataclass(frozen=True)
 class Settings:
-    """The decisions of the run file and the partition key."""
+    """The run file, and what it makes of the partition key and the base."""
 
+    config: RunConfig
     assigner: Assigner
     unpatched_recipe: Recipe  # of shards over the frozen base alone; flows use `Context.recipe`
-    patch_mode: PatchMode
     chain: EventChain  # of the ledger's events
-    keeps_hidden_states: bool = False  # whether hidden states may be kept
-    routing: SisaBlock | None = None  # how prompts are answered; fakes answer none
-    four_eyes: bool = False  # whether who submits a request may not approve it
 
     @property
     def base(self) -> str:

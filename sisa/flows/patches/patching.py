@@ -122,7 +122,7 @@ def _job_of(context: Context, wish: Wish, from_requests: Sequence[VaultSet]) -> 
     settings, numerics = dict(wish.settings), context.compute.fingerprint
     like = PatchJob(context.settings.base, (), (), retain, settings, numerics)
     held = vault_sets.held_sets(context)
-    return next_job(ledger.patches(), held, context.settings.patch_mode, like, forget)
+    return next_job(ledger.patches(), held, context.settings.config.patch_mode, like, forget)
 
 
 def _notice_held(context: Context, records: Sequence[Record]) -> None:

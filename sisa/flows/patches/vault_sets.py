@@ -123,7 +123,7 @@ def erase_unneeded(context: Context) -> tuple[int, int]:
     sets = ledger.vault()
     elsewhere = {*trained_over(ledger), *(key for each in ledger.exports() for key in each.patches)}
     erased, gone = unneeded_sets(
-        ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
+        ledger.patches(), context.settings.config.patch_mode, sets, deletable(context), elsewhere
     )
     if erased or gone:
         with ledger.exclusive():

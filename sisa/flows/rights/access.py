@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from sisa.config.config import RunConfig
 from sisa.core.domain import GENERATION_COLUMN, Export, ExportForm, Record, RecordRow, Tombstone
 from sisa.core.patches import VaultSet
 from sisa.flows.context.context import Context
@@ -69,7 +68,6 @@ class Recipient:
 
 def held_of(
     context: Context,
-    config: RunConfig,
     rows: Sequence[RecordRow],
     deleted: Sequence[Tombstone],
     subject: str | None = None,
@@ -77,6 +75,7 @@ def held_of(
     """Return what is held of a person, given the rows of their held and deleted records."""
     since = restrictions(context.stores.ledger).since
     owners = {row.subject_digest or "" for row in rows}
+    config = context.settings.config
     own = config.sisa
     return {
         **_header(context, ACCESS_FILE, subject),

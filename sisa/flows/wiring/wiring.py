@@ -77,13 +77,10 @@ def open_context(
     with open_ledger(directory, create=create) as ledger:
         stores = _open_stores(directory, resources, keyed, model, ledger)
         settings = Settings(
+            config,
             assigner=Assigner(keyed, config.layout),
             unpatched_recipe=config.recipe(resources.base_digest),
-            patch_mode=config.patch_mode,
             chain=EventChain.of(keyed, ledger.meta().get("key")),
-            keeps_hidden_states=config.prefix_cache_bytes > 0,
-            routing=config.sisa,
-            four_eyes=config.service.four_eyes,
         )
         compute = _compute(directory, resources, stores, model, executor)
         noting = recording(report, stores.metrics, _now)

@@ -38,7 +38,7 @@ from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over
 from sisa.flows.reconcile import reconcile
 from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.store.metrics import MIN_RECORDS
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record, with_config
 
 SETTINGS = {"method": "npo"}
 HELD = range(6)
@@ -125,14 +125,14 @@ def test_a_patch_after_the_other_lies_upon_it(fake: FakeModel) -> None:
 
 
 def test_a_joint_patch_supersedes_the_former(fake: FakeModel) -> None:
-    fake.context = changed(fake.context, patch_mode="joint")
+    fake.context = with_config(fake.context, patch_mode="joint")
     one, two = made(fake, [FREE]), made(fake, [FREE + 1])
     assert (two.job.beneath, len(two.job.forget)) == ((), 2)
     assert [each.state for each in fake.ledger.patches()] == ["superseded", "active"]
     assert fake.patches.held() == {two.key} != {one.key}
     assert len(fake.vault.stored) == 2
     assert want(fake.context, wish_of([FREE])).key == two.key  # all of it is forgotten already
-    fake.context = changed(fake.context, patch_mode="sequential")
+    fake.context = with_config(fake.context, patch_mode="sequential")
     reconcile(fake.context)
     assert fake.vault.stored == {}
 
@@ -371,7 +371,7 @@ def test_an_export_of_a_patch_that_was_reverted_goes_all_the_same(fake: FakeMode
 
 
 def test_what_is_damaged_is_given_up_and_wanted_again_if_it_can_be(fake: FakeModel) -> None:
-    fake.context = changed(fake.context, patch_mode="joint")
+    fake.context = with_config(fake.context, patch_mode="joint")
     patch = made(fake, [FREE])
     shards_over(fake.context, stack(fake))
     reconcile(fake.context)

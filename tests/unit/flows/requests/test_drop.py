@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sisa.config.config import ServiceBlock
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.requests import Request
@@ -21,7 +22,7 @@ from sisa.flows.requests import carry_out, decide
 from sisa.flows.rights import drop
 from sisa.flows.rights.drop import cycle_standing, details, import_lists
 from tests.crash import crashing
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record, with_config
 
 FIRST, LATER = date(2026, 8, 12), date(2026, 9, 20)
 PEOPLE = ("ada", "bob", "cho")
@@ -323,7 +324,7 @@ def test_an_import_is_one_commit_or_nothing(fake: FakeModel) -> None:
 
 
 def test_four_eyes_hold_for_imports(fake: FakeModel) -> None:
-    context = changed(fake.context, four_eyes=True)
+    context = with_config(fake.context, service=ServiceBlock(four_eyes=True))
     for approver, submitter in ((None, ""), ("anna", "anna")):
         with pytest.raises(ConfigConflict, match="four eyes"):
             import_lists(context, download(*ALL), approver, submitter)

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cli import cli
+from sisa.config.config import ServiceBlock
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import ConfigConflict, SisaError
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
 from sisa.flows.requests import Terms, carry_out, decide, forget_at_once, new_request, submit
 from sisa.model import Model, open_model
-from tests.fakes.ports import changed, fake_model, fake_record
+from tests.fakes.ports import fake_model, fake_record, with_config
 from tests.models.confessing import NUM_RECORDS, RUN_FILE, record, train_in, use_fake_resources
 
 PEOPLE = ["anna", "Anna ", "ANNA", "\uff21nna", "ben", ""]  # the first four are one person
@@ -25,7 +26,7 @@ def asking() -> Context:
     """Return a model that requires four eyes."""
     fake = fake_model()
     train(fake.context, [fake_record(number, f"s{number}") for number in range(4)])
-    return changed(fake.context, four_eyes=True)
+    return with_config(fake.context, service=ServiceBlock(four_eyes=True))
 
 
 def person(name: str) -> str:
@@ -77,7 +78,7 @@ def test_a_direct_deletion_has_one_pair_of_eyes() -> None:
 def test_a_request_from_before_needs_a_submitter_too() -> None:
     context = asking()
     row = next(row for s in range(9) for row in context.stores.ledger.rows(s))
-    former = changed(context, four_eyes=False)
+    former = with_config(context, service=ServiceBlock(four_eyes=False))
     known = submit(former, [row], (), Terms())
     with pytest.raises(ConfigConflict, match="no submitter is named"):
         decide(context, known.request_id, "approved", "ben")

@@ -227,7 +227,7 @@ def test_a_record_that_its_slice_lacks_is_not_left_out_of_an_access_file(bare: P
         (row, *others), deleted = of_subject(context, WHO)
         rows = [replace(row, id_digest="0" * 64), *others]
         with pytest.raises(IntegrityError, match="file of their slice"):
-            held_of(context, model.config, rows, deleted)
+            held_of(context, rows, deleted)
 
 
 def test_a_restored_backup_does_not_serve_what_was_restricted_since(
