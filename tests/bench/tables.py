@@ -255,7 +255,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "race-ratios": of("training/race", race.ratio_table),
         "race-whole": of("training/race", race.whole_table),
     },
-    "sisa/config/README.md": {"keys": reference},
+    "sisa/config/KEYS.md": {"keys": reference},
     "tests/README.md": {"endurance": endurance},
     "approx/README.md": {"approx-methods": approx_methods},
 }
