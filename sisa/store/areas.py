@@ -28,9 +28,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sisa.core import ports
-from sisa.store.blobs import object_client
+from sisa.store.blobs import s3_client
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.blobs.object_blobs import ObjectBlobs
+from sisa.store.blobs.s3_blobs import S3Blobs
 
 RECORDS, INDEX, CHECKPOINTS, REPLAYS = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
@@ -56,4 +56,4 @@ def storage_root(storage: str) -> ports.BlobStore:
     if not storage.startswith(SCHEME):
         return LocalBlobs(Path(storage))
     bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
-    return ObjectBlobs(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())
+    return S3Blobs(bucket, prefix.strip("/"), s3_client.endpoint(), s3_client.region())

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from sisa.store.blobs.object_blobs import ObjectBlobs
+from sisa.store.blobs.s3_blobs import S3Blobs
 
 START_S = 60.0
 
@@ -131,9 +131,9 @@ def _shared_bucket(server: Server, versions: bool) -> str:
     return server.bucket("versioned" if versions else "plain", versions=versions)
 
 
-def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
+def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> S3Blobs:
     """Return an unused prefix, by default in a bucket that keeps versions."""
-    place = ObjectBlobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
+    place = S3Blobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
     for room in rooms:
         place = place.below(room)
     return place

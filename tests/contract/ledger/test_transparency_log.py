@@ -17,9 +17,9 @@ from sisa.evidence.log.tiles import check_tiles
 from sisa.flows.context.areas import purge
 from sisa.flows.context.context import Context
 from sisa.store.areas import LOG
-from sisa.store.blobs import object_client
+from sisa.store.blobs import s3_client
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.blobs.object_blobs import ObjectBlobs
+from sisa.store.blobs.s3_blobs import S3Blobs
 from sisa.verifier import note
 from tests.contract.storage.forms import BACKENDS, blobs_in
 from tests.fakes.s3_server import fresh_blobs
@@ -56,8 +56,8 @@ def test_a_log_grows_over_the_edge_of_a_tile(blobs: BlobStore, tmp_path: Path) -
         assert not blobs.below(f"tile/{kind}").parts("000.p")  # the partial ones are gone
         assert blobs.below(f"tile/{kind}").parts("001.p") == {"1", "2"}
     note.verify_proof(log.proof(256), entry(256), place.vkey)
-    if isinstance(blobs, ObjectBlobs):  # as tlog-tiles demands where a bucket serves it
-        client = object_client.boto(blobs.endpoint, blobs.region)
+    if isinstance(blobs, S3Blobs):  # as tlog-tiles demands where a bucket serves it
+        client = s3_client.boto(blobs.endpoint, blobs.region)
         kinds = {
             name: client.head_object(Bucket=blobs.bucket, Key=f"{blobs.prefix}/{name}")["ContentType"]
             for name in ("checkpoint", "tile/0/000", "tile/entries/001.p/2")

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from sisa.core.checkpoint_files import MANIFEST_FILE
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import KeptVersions
-from sisa.store.blobs import object_client
+from sisa.store.blobs import s3_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from sisa.store.blobs.object_client import code_of, store_errors
+from sisa.store.blobs.s3_client import code_of, store_errors
 
 LAST = MANIFEST_FILE  # the part that completes a group
 BATCH = 1000  # objects that one request may delete
@@ -51,7 +51,7 @@ class Version(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectBlobs:
+class S3Blobs:
     """A BlobStore under a prefix of a bucket."""
 
     bucket: str
@@ -62,9 +62,9 @@ class ObjectBlobs:
 
     @property
     def _boto(self) -> Any:
-        return object_client.boto(self.endpoint, self.region)
+        return s3_client.boto(self.endpoint, self.region)
 
-    def below(self, name: str) -> ObjectBlobs:
+    def below(self, name: str) -> S3Blobs:
         return replace(self, prefix=self._key(name))
 
     def location(self, name: str = "") -> str:
@@ -187,7 +187,7 @@ class ObjectBlobs:
         else:
             self.put_new(f"{name}/{LAST}", parts[LAST])
 
-    def lend(self, area: str, names: Collection[str]) -> ObjectBlobs:
+    def lend(self, area: str, names: Collection[str]) -> S3Blobs:
         lent, boto = self.below(area), self._boto
 
         def put(name: str) -> None:

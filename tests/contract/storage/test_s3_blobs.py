@@ -17,25 +17,25 @@ from typing import Any, ClassVar
 import pytest
 
 from sisa.core.errors import EnvironmentFault, TransientError
-from sisa.store.blobs import object_blobs, object_client
-from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
+from sisa.store.blobs import s3_blobs, s3_client
+from sisa.store.blobs.s3_blobs import LAST, S3Blobs
 from tests.fakes.s3_server import Server, fresh_blobs
 
 
 @pytest.fixture
-def objects(s3: Server) -> ObjectBlobs:
+def objects(s3: Server) -> S3Blobs:
     """Return a store in a bucket that keeps versions."""
     return fresh_blobs(s3)
 
 
-def versions(server: Server, blobs: ObjectBlobs) -> list[tuple[str, bytes | None]]:
+def versions(server: Server, blobs: S3Blobs) -> list[tuple[str, bytes | None]]:
     """Return all versions and delete markers below a store, by name."""
     found = server.versions(blobs.bucket).items()
     start = f"{blobs.prefix}/"
     return [(key.removeprefix(start), data) for (key, _), data in found if key.startswith(start)]
 
 
-def test_one_of_many_writers_of_a_name_is_first(objects: ObjectBlobs) -> None:
+def test_one_of_many_writers_of_a_name_is_first(objects: S3Blobs) -> None:
     with ThreadPoolExecutor(4) as pool:
         won = list(pool.map(lambda n: objects.put_new("a", str(n).encode()), range(4)))
     assert won.count(True) == 1
@@ -43,7 +43,7 @@ def test_one_of_many_writers_of_a_name_is_first(objects: ObjectBlobs) -> None:
     assert not objects.put_new("a", b"late")
 
 
-def test_parts_without_their_manifest_are_no_group(objects: ObjectBlobs) -> None:
+def test_parts_without_their_manifest_are_no_group(objects: S3Blobs) -> None:
     objects.put("g/weights", b"half")
     (left,) = objects.held()
     assert left != "g"
@@ -57,7 +57,7 @@ def test_parts_without_their_manifest_are_no_group(objects: ObjectBlobs) -> None
     assert objects.held() == {"g"}
 
 
-def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
+def test_no_version_is_left(s3: Server, objects: S3Blobs) -> None:
     objects.put("a", b"old")
     objects.put("a", b"new")
     s3.client().delete_object(Bucket=objects.bucket, Key=f"{objects.prefix}/a")  # a marker over both
@@ -73,7 +73,7 @@ def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
 
 
 def test_what_a_lock_keeps_is_hidden_and_reported(s3: Server) -> None:
-    blobs = ObjectBlobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
+    blobs = S3Blobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
     until = datetime.now(UTC) + timedelta(days=1)
     locked = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}
     s3.client().put_object(Bucket="locked", Key="m/a", Body=b"text", **locked)
@@ -124,7 +124,7 @@ def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
-    blobs = ObjectBlobs("nowhere", "m", s3.url, "us-east-1")
+    blobs = S3Blobs("nowhere", "m", s3.url, "us-east-1")
     touches = (blobs.held, lambda: blobs.get("a", "file"), lambda: blobs.put("a", b""), blobs.clear)
     for touch in (*touches, lambda: blobs.erase(["a"])):
         with pytest.raises(EnvironmentFault) as caught:
@@ -163,13 +163,13 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def scripted(*statuses: int) -> Iterator[tuple[ObjectBlobs, list[str]]]:
+def scripted(*statuses: int) -> Iterator[tuple[S3Blobs, list[str]]]:
     handler = type("Handler", (Scripted,), {"left": list(statuses), "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        yield ObjectBlobs("bucket", "m", url, "us-east-1"), handler.seen  # type: ignore[attr-defined]
+        yield S3Blobs("bucket", "m", url, "us-east-1"), handler.seen  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()
@@ -221,15 +221,15 @@ class Meddling:
         return self._client.put_object(**arguments)
 
 
-def meddle(monkeypatch: pytest.MonkeyPatch, objects: ObjectBlobs, **how: Any) -> Meddling:
-    client = Meddling(object_client.boto(objects.endpoint, objects.region), **how)
-    monkeypatch.setattr(object_client, "boto", lambda *_: client)
-    monkeypatch.setattr(object_blobs, "CONFLICT_PAUSE_S", 0.001)
+def meddle(monkeypatch: pytest.MonkeyPatch, objects: S3Blobs, **how: Any) -> Meddling:
+    client = Meddling(s3_client.boto(objects.endpoint, objects.region), **how)
+    monkeypatch.setattr(s3_client, "boto", lambda *_: client)
+    monkeypatch.setattr(s3_blobs, "CONFLICT_PAUSE_S", 0.001)
     return client
 
 
 def test_a_server_that_ignores_conditions_is_refused(
-    objects: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
+    objects: S3Blobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meddle(monkeypatch, objects, ignores=True)
     with pytest.raises(EnvironmentFault, match="ignores conditional puts"):
@@ -237,9 +237,7 @@ def test_a_server_that_ignores_conditions_is_refused(
     assert objects.held() == frozenset()
 
 
-def test_a_conflict_of_two_puts_is_waited_for(
-    objects: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conflict_of_two_puts_is_waited_for(objects: S3Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
     client = meddle(monkeypatch, objects, conflicts=2)
     assert objects.put_new("a", b"1")
     client.conflicts = 2
@@ -260,7 +258,7 @@ def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(EnvironmentFault, match="needs boto3") as caught:
-        ObjectBlobs("bucket", "m", "http://nowhere", "us-east-1").held()
+        S3Blobs("bucket", "m", "http://nowhere", "us-east-1").held()
     assert "deletion-ready-model[s3]" in caught.value.next_step
 
 
