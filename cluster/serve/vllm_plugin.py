@@ -38,7 +38,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
-from sisa.verifier.feed import Feed, check_present, hashed, verify_feed
+from sisa.verifier.feed import NONE_SEEN, check_present, hashed, verify_feed
 
 ADAPTERS_VARIABLE, BASE_VARIABLE = "SISA_VLLM_ADAPTERS", "SISA_VLLM_BASE"
 FEED, KEYS = "SISA_VLLM_FEED", "SISA_VLLM_KEYS"
@@ -65,7 +65,7 @@ class ExportedAdapters:
             raise ValueError(f"{FEED} needs {KEYS}, the model's public keys")
         self._directory, self._base, self._feed, self._keys = directory, base, feed, keys
         self._digests: dict[tuple[Path, Stamp], str] = {}
-        self._seen: Feed | None = None
+        self._seen = NONE_SEEN
 
     @classmethod
     def of_environment(cls, found: Mapping[str, str] = os.environ) -> ExportedAdapters | None:
@@ -102,7 +102,7 @@ class ExportedAdapters:
         if self._feed is None or self._keys is None:
             return {}
         feed = verify_feed(self._feed.read_bytes(), self._keys)
-        check_present(feed, datetime.now(UTC), seen=self._seen)
+        check_present(feed, datetime.now(UTC), self._seen)
         self._seen = feed
         found: dict[str, Any] = feed["revoked"]
         return found

@@ -83,7 +83,7 @@ def verify_certificate(data: bytes, keys: PublicKeys) -> Certificate:
     """Return what a certificate file states. Raise Refused."""
     found = verify_logged(data, keys)
     if found.kind not in CERTIFICATES:
-        raise Refused("this is not a certificate", "", " or ".join(CERTIFICATES), found.kind[:80])
+        raise Refused("this is not a certificate", " or ".join(CERTIFICATES), found.kind[:80])
     return found
 
 
@@ -105,7 +105,7 @@ def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict
     if kind in CHAINED:
         check_form(state, "the statement", Among(_STATE | {"model": keys.model}))
         if (number := state["sequence"]) != index:
-            raise Refused("a statement is of another entry", "", f"entry {number}", f"entry {index}")
+            raise Refused("a statement is of another entry", f"entry {number}", f"entry {index}")
     return statement
 
 
@@ -113,11 +113,11 @@ def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> s
     """Return the id of the record that a receipt shows the certificate to be about. Raise Refused."""
     receipt = parse_file(data, "the receipt", _RECEIPT)
     if (of := receipt["certificate"]) != certificate.sha256:
-        what, step = "the receipt is of another certificate", "verify it with the one it was made for"
-        raise Refused(what, expected=certificate.sha256, got=of, next_step=step)
+        step = "verify it with the one it was made for"
+        raise Refused("the receipt is of another certificate", certificate.sha256, of, next_step=step)
     entry = log_entry(certificate.sha256, certificate.kind)
     if (index := verify_proof(receipt["proof"].encode(), entry, keys.log)[0]) != certificate.index:
-        raise Refused("the receipt is of another entry", expected=f"{certificate.index}", got=f"{index}")
+        raise Refused("the receipt is of another entry", f"{certificate.index}", f"{index}")
     tree = certificate.statement["predicate"].get("commitments")
     check_form(tree, "the tree of commitments", {"root": SHA256_HEX, "number": int})
     leaf = leaf_hash(commitment(bytes.fromhex(receipt["salt"]), receipt["id"]))
@@ -137,10 +137,10 @@ def verify_chain(
     """
     previous, ends = "", ("", "")
     for index, entry in enumerate(entries):
-        where, named = f"entry {index}", parse_canonical(entry, "an entry", ENTRY_FORM)
+        named = parse_canonical(entry, "an entry", ENTRY_FORM)
         envelope = read(f"statements/{named['sha256']}.json")
         if sha256(envelope).hexdigest() != named["sha256"]:
-            raise Refused("a statement is not the logged one", where)
+            raise Refused("a statement is not the logged one", where=f"entry {index}")
         if named["predicateType"] == REBUILD:
             continue
         statement = _stated(envelope, entry, keys, index)
@@ -150,7 +150,7 @@ def verify_chain(
             if state["previous"] != previous or (roots[0] != ends[1] and roots != ends):
                 expected = f"after {previous or 'none'}, from the records {ends[1] or 'none'}"
                 got = f"after {state['previous'] or 'none'}, from the records {roots[0] or 'none'}"
-                step = "keep this log: a statement was dropped, replaced or moved"
-                raise Refused("the chain is broken", where, expected, got, next_step=step)
+                what = "the chain is broken: a statement was dropped, replaced or moved"
+                raise Refused(what, expected, got, f"entry {index}")
             previous, ends = named["sha256"], roots
         yield named["sha256"], statement

@@ -52,9 +52,9 @@ class Refused(ValueError):
     """Evidence that does not show what it should; the only exception that this package raises."""
 
     what: str
-    where: str = ""
     expected: str = ""
     got: str = ""
+    where: str = ""
     next_step: str = ""
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Refused(ValueError):
 def strict_json(data: bytes, what: str) -> Any:
     """Return JSON that has one meaning: no doubled members, no huge numbers, text and depth bounded."""
     if len(data) > MAX_BYTES:
-        raise Refused(f"{what} is too large", expected=f"at most {MAX_BYTES} bytes", got=f"{len(data)}")
+        raise Refused(f"{what} is too large", f"at most {MAX_BYTES} bytes", f"{len(data)}")
     numbers: Any = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, **numbers)
@@ -105,7 +105,7 @@ def check_form(value: Any, what: str, form: Any, where: str = "") -> Any:
         right = isinstance(value, form) and isinstance(value, bool) == (form is bool)
         expected = getattr(form, "__name__", str(form))
     if not right:
-        raise Refused(f"{what} has another form or version", where, expected)
+        raise Refused(f"{what} has another form or version", expected, where=where)
     for name, each in form.items() if isinstance(form, dict) else ():
         check_form(value[name], what, each, name)
     for each in value if isinstance(form, list) else ():
@@ -187,7 +187,7 @@ def verify_envelope(data: bytes, keys: PublicKeys, index: int | None = None) -> 
         what = "its key did not hold then" if signed else "none of the public keys signed it"
         expected = " or ".join(f"one for entries from {key.since} to {key.until}" for key in signed)
         got = "no proof from the log" if index is None else f"entry {index}"
-        raise Refused(what, "the envelope", expected, got, "get the public keys of its model and time")
+        raise Refused(what, expected, got, "the envelope", "get the public keys of its model and time")
     statement: dict[str, Any] = check_form(value, "the statement", STATEMENT_FORM)
     return statement
 
@@ -229,7 +229,7 @@ def public_keys(value: Any) -> PublicKeys:
     bounds: list[Any] = [0, *(each for key in keys for each in (key.since, key.until))]
     ordered = bounds.pop() is None and None not in bounds and bounds == sorted(bounds)
     if not ordered or len({key.keyid for key in keys}) < len(keys):
-        raise Refused("the public keys do not follow each other", expected="the last one without end")
+        raise Refused("the public keys do not follow each other", "the last one without end")
     exports = base64_bytes(body["exports"], "the key of exports")
     return PublicKeys(body["model"], keys, body["log"], bytes.fromhex(body["vrf"]), exports)
 
@@ -242,7 +242,7 @@ def _statement_key(body: dict[str, Any]) -> StatementKey:
         is_p256 = getattr(getattr(loaded, "curve", None), "name", "") == "secp256r1"
         scheme = ED25519 if isinstance(loaded, Ed25519PublicKey) else ECDSA_P256 * is_p256
     if (key.scheme, key.keyid) != (scheme, hashlib.sha256(key.public).hexdigest()):
-        raise Refused("a public key is not of its scheme and keyid", expected=scheme or "a known scheme")
+        raise Refused("a public key is not of its scheme and keyid", scheme or "a known scheme")
     return key
 
 

@@ -53,7 +53,7 @@ def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
     file = parse_file(data, "the membership proof", _FILE)
     state = verify_logged(file["state"].encode(), keys)
     if state.kind not in CHAINED:
-        raise Refused("the proof is about no state", expected=" or ".join(CHAINED), got=state.kind[:80])
+        raise Refused("the proof is about no state", " or ".join(CHAINED), state.kind[:80])
     root = bytes.fromhex(state.statement["predicate"]["membership"]["after"])
     label = verify_output(keys.vrf, file["id"].encode(), bytes.fromhex(file["vrf"]))[:LABEL_BYTES]
     found, siblings = file["leaf"], [bytes.fromhex(each) for each in file["path"]]
@@ -99,4 +99,4 @@ def fold(label: bytes, node: bytes, siblings: Sequence[bytes]) -> bytes:
 
 def _verify(root: bytes, label: bytes, node: bytes, siblings: Sequence[bytes]) -> None:
     if fold(label, node, siblings) != root:
-        raise Refused("the membership proof does not hold", expected="a path to the certified root")
+        raise Refused("the membership proof does not hold", "a path to the certified root")

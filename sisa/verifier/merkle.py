@@ -83,4 +83,4 @@ def _climb(at: int, last: int, hashes: list[bytes]) -> tuple[bytes, bytes]:
 
 def _refused(expected: str, got: str) -> Refused:
     what = "a proof of the transparency log does not hold"
-    return Refused(what, "", expected, got, "keep the files: they are evidence")
+    return Refused(what, expected, got, next_step="keep the files: they are evidence")

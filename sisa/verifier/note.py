@@ -65,7 +65,7 @@ def parse_vkey(vkey: str) -> NoteKey:
     name, data = (found[1], b64decode(found[2])) if found else ("", b"\x00")
     key = NoteKey(name, data[0], data[1:])
     if key.type not in (ED25519_TYPE, COSIGNATURE_TYPE) or str(key) != vkey:
-        raise _refused("a key of signed notes can't be read", "NAME+ID+KEY, of Ed25519")
+        raise Refused("a key of signed notes can't be read", "NAME+ID+KEY, of Ed25519")
     return key
 
 
@@ -79,7 +79,7 @@ def split_note(note: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
     text, gap, lines = _decoded(note).rpartition("\n\n")
     found = [_SIGNATURE.fullmatch(line) for line in lines.removesuffix("\n").split("\n")]
     if not gap or not lines.endswith("\n") or None in found:
-        raise _refused("a note is malformed", "a text, an empty line, and lines of signatures")
+        raise Refused("a note is malformed", "a text, an empty line, and lines of signatures")
     signatures = [(each[1], base64_bytes(each[2], "a signature")) for each in found if each]
     return f"{text}\n".encode(), signatures
 
@@ -90,41 +90,35 @@ def open_note(note: bytes, vkeys: Sequence[str]) -> bytes:
     for key in map(parse_vkey, vkeys):
         made = [data[4:] for name, data in signatures if (name, data[:4]) == (key.name, key.id)]
         if len(made) != 1:
-            raise _refused("a note is not signed as expected", f"one signature of {key}", f"{len(made)}")
+            raise Refused("a note is not signed as expected", f"one signature of {key}", f"{len(made)}")
         signature, message = made[0], text
         if key.type == COSIGNATURE_TYPE:
             signature, message = made[0][8:], cosigned(text, int.from_bytes(made[0][:8]))
         try:
             Ed25519PublicKey.from_public_bytes(key.public).verify(signature, message)
         except (InvalidSignature, ValueError):
-            raise _refused(f"the signature of {key.name} does not fit the note") from None
+            raise Refused(f"the signature of {key.name} does not fit the note") from None
     return text
-
-
-def parse_checkpoint(text: bytes) -> Checkpoint:
-    """Return the checkpoint that a note's text describes. Raise Refused."""
-    if not (found := _CHECKPOINT.fullmatch(_decoded(text))):
-        raise _refused("a checkpoint is malformed", "lines with the origin, the size and the root")
-    checkpoint = Checkpoint(found[1], int(found[2]), base64_bytes(found[3], "a root"))
-    if len(checkpoint.root) != 32 or (not checkpoint.size and checkpoint.root != merkle.EMPTY_ROOT):
-        raise _refused("a checkpoint's root can't be one", "32 bytes; of no entries, the empty root")
-    return checkpoint
 
 
 def open_checkpoint(note: bytes, vkey: str, *, cosigners: Sequence[str] = ()) -> Checkpoint:
     """Return a log's checkpoint. Raise Refused unless the log and each of these cosigners signed it."""
     if any(parse_vkey(each).type != COSIGNATURE_TYPE for each in cosigners):
-        raise _refused("a cosigner's key is of another type", "the vkey of a cosigner, of type 4")
-    found = parse_checkpoint(open_note(note, [vkey, *cosigners]))
+        raise Refused("a cosigner's key is of another type", "the vkey of a cosigner, of type 4")
+    if not (lines := _CHECKPOINT.fullmatch(open_note(note, [vkey, *cosigners]).decode())):
+        raise Refused("a checkpoint is malformed", "lines with the origin, the size and the root")
+    found = Checkpoint(lines[1], int(lines[2]), base64_bytes(lines[3], "a root"))
+    if len(found.root) != 32 or (not found.size and found.root != merkle.EMPTY_ROOT):
+        raise Refused("a checkpoint's root can't be one", "32 bytes; of no entries, the empty root")
     if found.origin != (name := parse_vkey(vkey).name):
-        raise _refused("a checkpoint is of another log", name, found.origin)
+        raise Refused("a checkpoint is of another log", name, found.origin)
     return found
 
 
 def parse_proof(text: bytes) -> tuple[int, list[bytes], bytes]:
     """Return a `.tlog-proof`'s index, path and checkpoint, unverified. Raise Refused."""
     if not (found := _PROOF.fullmatch(_decoded(text))):
-        raise _refused("a proof of the log is malformed", "c2sp.org/tlog-proof@v1")
+        raise Refused("a proof of the log is malformed", "c2sp.org/tlog-proof@v1")
     path = [base64_bytes(each, "a hash") for each in found[2].split()]
     return int(found[1]), path, found[3].encode()
 
@@ -152,7 +146,7 @@ def split_bundle(bundle: bytes, num: int) -> list[bytes]:
         start, at = at + 2, at + 2 + int.from_bytes(bundle[at : at + 2])
         entries.append(bundle[start:at])
     if len(entries) != num or at != len(bundle):
-        raise _refused("a bundle of entries is damaged", f"{num} entries", f"{len(entries)}")
+        raise Refused("a bundle of entries is damaged", f"{num} entries", f"{len(entries)}")
     return entries
 
 
@@ -167,7 +161,7 @@ def read_log(read: Callable[[str], bytes], checkpoint: Checkpoint) -> list[bytes
         num = min(WIDTH, checkpoint.size - at)
         entries += split_bundle(read(tile_path("entries", at // WIDTH, num)), num)
     if (found := merkle.root([*map(merkle.leaf_hash, entries)])) != checkpoint.root:
-        raise _refused("the entries are not those of the checkpoint", checkpoint.root.hex(), found.hex())
+        raise Refused("the entries are not those of the checkpoint", checkpoint.root.hex(), found.hex())
     return entries
 
 
@@ -179,9 +173,5 @@ def b64(data: bytes) -> str:
 def _decoded(data: bytes) -> str:
     text = data.decode(errors="replace")
     if len(data) > MAX_NOTE_BYTES or text.encode() != data or re.search("[\x00-\x09\x0b-\x1f]", text):
-        raise _refused("a note is malformed", f"printable UTF-8 of at most {MAX_NOTE_BYTES} bytes")
+        raise Refused("a note is malformed", f"printable UTF-8 of at most {MAX_NOTE_BYTES} bytes")
     return text
-
-
-def _refused(what: str, expected: str = "", got: str = "") -> Refused:
-    return Refused(what, "", expected, got, "keep the files: they may be evidence against the log")

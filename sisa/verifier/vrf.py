@@ -78,4 +78,4 @@ def output(gamma: bytes) -> bytes:
 
 
 def _refused(got: str) -> Refused:
-    return Refused("the proof of a label does not hold", "", "a proof under the public key", got)
+    return Refused("the proof of a label does not hold", "a proof under the public key", got)

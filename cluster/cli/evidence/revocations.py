@@ -12,7 +12,7 @@ import click
 from cluster.cli.command import PATH, command, command_group, model_option, opened
 from cluster.cli.evidence.published import logged_statements, public_keys_option, read_public_keys
 from cluster.cli.input_files import read_bytes
-from cluster.render.result import EXIT_ACT, Result, counted
+from cluster.render.result import EXIT_ACT, Result, counted, shortened
 from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def publish_feed(directory: Path, target: Path | None, days: int) -> Result:
 def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, log: str | None) -> Result:
     """Check offline whether copies of adapters must go. Exit with 7 if a deletion revoked one."""
     from sisa.evidence.keys.model_signature import signed_weights
-    from sisa.verifier.feed import check_adapter, check_present, verify_feed
+    from sisa.verifier.feed import NONE_SEEN, check_adapter, check_present, verify_feed
 
     if not held.exists():
         raise InvalidInput(
@@ -69,20 +69,19 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
         )
     keys = read_public_keys(key_file)
     feed = verify_feed(read_bytes(feed_file), keys)
-    least_sequence, kept = 0, None
-    if seen is not None and seen.isdecimal():
-        least_sequence = int(seen)
-    elif seen is not None:
-        kept = verify_feed(read_bytes(Path(seen)), keys)
-    check_present(feed, datetime.now(UTC), least_sequence, kept)
+    kept = NONE_SEEN
+    if seen is not None:
+        number = {"sequence": int(seen)} if seen.isdecimal() else None
+        kept = NONE_SEEN | number if number else verify_feed(read_bytes(Path(seen)), keys)
+    check_present(feed, datetime.now(UTC), kept)
     if log is not None:
         _check_complete(feed, log, keys)
-    files = check_adapter(held.resolve() if held.is_dir() else held, feed)
+    files, skipped = check_adapter(held.resolve() if held.is_dir() else held, feed)
     revoked = {
         path: feed["revoked"][sha256] for path, sha256 in files.items() if sha256 in feed["revoked"]
     }
     signed = [] if revoked else signed_weights(files, keys.exports)
-    return checked(feed, files, revoked, signed)
+    return checked(feed, files, revoked, signed, skipped)
 
 
 def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
@@ -107,9 +106,13 @@ def _check_complete(feed: dict[str, Any], log: str, keys: PublicKeys) -> None:
 
 
 def checked(
-    feed: dict[str, Any], files: dict[str, str], revoked: dict[str, dict[str, str]], signed: list[str]
+    feed: dict[str, Any],
+    files: dict[str, str],
+    revoked: dict[str, dict[str, str]],
+    signed: list[str],
+    skipped: list[str],
 ) -> Result:
-    """Render which weights files were revoked, and which of the others have the signed bytes."""
+    """Render which adapters were revoked, which of the others are as exported, and what was skipped."""
     lines, rows = [], []
     for path, sha256 in files.items():
         by = revoked.get(path)
@@ -123,7 +126,13 @@ def checked(
             lines.append(f"REVOKED      {path}: by {named} on {by['date']}: delete it, and copies of it")
         row = {"path": path, "sha256": sha256, "revoked": by is not None, "signed": path in signed}
         rows.append(row | {name: by[name] if by else None for name in ("certificate", "date")})
+    if skipped:
+        lines.append(f"skipped      no adapter, so not judged: {shortened(skipped)}")
     facts = {name: feed[name] for name in ("model", "sequence", "published", "next_update")}
     number, until = counted(len(feed["revoked"]), "adapter"), f"valid until {feed['next_update']}"
     lines.append(f"feed {feed['sequence']} of {feed['published']}, {until}: {number} revoked")
-    return Result({"revoked": bool(revoked), "files": rows, **facts}, lines, EXIT_ACT if revoked else 0)
+    return Result(
+        {"revoked": bool(revoked), "files": rows, "skipped": skipped, **facts},
+        lines,
+        EXIT_ACT if revoked else 0,
+    )

@@ -81,7 +81,7 @@ def check_signature(data: bytes, digests: Mapping[str, str], public: ec.Elliptic
     signed, found = signed_files(data, public), _signable(digests)
     if differing := sorted(name for name, _ in signed.items() ^ found.items()):
         got = ", ".join(dict.fromkeys(differing))
-        raise Refused("the files are not those that were signed", SIGNATURE, got=f"{got} differ")
+        raise Refused("the files are not those that were signed", "", f"{got} differ", SIGNATURE)
 
 
 def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, str]:
@@ -96,9 +96,9 @@ def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, st
         public.verify(signature, pae(PAYLOAD_TYPE, payload), _ECDSA)
     except (AttributeError, LookupError, TypeError, ValueError, InvalidSignature) as error:
         got = type(error).__name__
-        raise Refused("the export's signature is malformed, or wrong", SIGNATURE, got=got) from None
+        raise Refused("the export's signature is malformed, or wrong", "", got, SIGNATURE) from None
     if form != (payload, data):
-        raise Refused("the export's signature is another key's, or of another form", SIGNATURE)
+        raise Refused("the export's signature is another key's, or of another form", where=SIGNATURE)
     return signed
 
 
@@ -118,7 +118,7 @@ def signed_weights(files: Mapping[str, str], public: bytes) -> list[str]:
         listed = signed_files(beside.read_bytes(), key).get(Path(path).name)
         if listed != sha256:
             what, step = "these weights are not those that were exported", "get the export again"
-            raise Refused(what, path, listed or "no such file", sha256, step)
+            raise Refused(what, listed or "no such file", sha256, path, step)
         signed.append(path)
     return signed
 

@@ -83,7 +83,7 @@ def follow(known: PublicKeys, entries: Sequence[bytes], read: Read) -> PublicKey
         if named["predicateType"] == KEY_HANDOVER and index >= known.present.since:
             envelope = read(statement_path(named["sha256"]))
             if sha256_hex(envelope) != named["sha256"]:
-                raise Refused("a hand-over is not the logged one", f"entry {index}")
+                raise Refused("a hand-over is not the logged one", where=f"entry {index}")
             known = _successor(known, envelope, index)
     return known
 
@@ -105,7 +105,8 @@ def _successor(known: PublicKeys, handover: bytes, index: int) -> PublicKeys:
     *before, last = known.statement_keys
     ended = (*before, replace(last, until=index + 1), replace(new.present, since=index + 1))
     if new != replace(known, statement_keys=ended):
-        raise Refused("the hand-over continues from other keys, or from another entry", f"entry {index}")
+        what = "the hand-over continues from other keys, or from another entry"
+        raise Refused(what, where=f"entry {index}")
     return new
 
 

@@ -103,7 +103,7 @@ def test_copies_are_revoked_before_the_certificate_is_issued(model: Certified) -
     assert after["revoked"].keys() == during["revoked"].keys()
     assert {len(each["certificate"]) for each in after["revoked"].values()} == {64}
     for older, newer in ((before, during), (during, after)):
-        check_present(newer, END, older["sequence"], older)
+        check_present(newer, END, older)
     with pytest.raises(Refused, match="behind one seen before"):
         check_present(before, END, seen=during)
 

@@ -14,7 +14,7 @@ import pytest
 
 from sisa.verifier.certificate import EXACT, REVOCATIONS
 from sisa.verifier.envelope import PublicKeys, Refused
-from sisa.verifier.feed import check_adapter, check_present, verify_feed
+from sisa.verifier.feed import NONE_SEEN, check_adapter, check_present, verify_feed
 from tests.fakes.operator import MODEL, OTHER_MODEL, Operator
 
 NOW, EARLIER = "2026-11-02T12:00:00Z", "2026-11-01T12:00:00Z"
@@ -58,7 +58,8 @@ def test_a_holder_learns_which_weights_must_go(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     (tmp_path / "README.md").write_text("no weights")
     weights, other = tmp_path / "a/model.safetensors", tmp_path / "b/adapter_model.safetensors"
-    assert check_adapter(tmp_path, feed) == {str(weights): digest(WEIGHTS), str(other): digest(KEPT)}
+    judged = {str(weights): digest(WEIGHTS), str(other): digest(KEPT)}
+    assert check_adapter(tmp_path, feed) == (judged, [str(tmp_path / "README.md")])
     assert feed["revoked"] == {digest(WEIGHTS): REVOCATION}
 
 
@@ -66,9 +67,20 @@ def test_a_revoked_file_is_found_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "renamed.bin").write_bytes(WEIGHTS)
     (tmp_path / "README.md").write_text("no weights")
     found = {str(tmp_path / "renamed.bin"): digest(WEIGHTS)}
-    assert (
-        check_adapter(tmp_path, feed_of()) == check_adapter(tmp_path / "renamed.bin", feed_of()) == found
-    )
+    assert check_adapter(tmp_path, feed_of()) == (found, [str(tmp_path / "README.md")])
+    assert check_adapter(tmp_path / "renamed.bin", feed_of()) == (found, [])
+
+
+def test_an_optimizer_state_is_not_called_clean(tmp_path: Path) -> None:
+    """It may have seen what the adapter beside it saw, and no feed names it."""
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        (tmp_path / name).write_bytes(KEPT)
+    judged, skipped = check_adapter(tmp_path, feed_of())
+    assert [Path(each).name for each in (*judged, *skipped)] == [
+        *("adapter_model.safetensors", "optimizer.safetensors")
+    ]
+    with pytest.raises(Refused, match="no weights"):
+        check_adapter(tmp_path / "optimizer.safetensors", feed_of())
 
 
 def test_links_to_files_are_followed_and_nothing_is_left_out_unsaid(tmp_path: Path) -> None:
@@ -77,7 +89,8 @@ def test_links_to_files_are_followed_and_nothing_is_left_out_unsaid(tmp_path: Pa
     snapshot.mkdir()
     (blobs / "0a").write_bytes(WEIGHTS)
     (snapshot / "model.safetensors").symlink_to(blobs / "0a")  # as a hub's cache keeps it
-    assert check_adapter(snapshot, feed_of()) == {str(snapshot / "model.safetensors"): digest(WEIGHTS)}
+    found = {str(snapshot / "model.safetensors"): digest(WEIGHTS)}
+    assert check_adapter(snapshot, feed_of()) == (found, [])
     (snapshot / "more").symlink_to(blobs)
     with pytest.raises(Refused, match="link to a directory"):
         check_adapter(snapshot, feed_of())
@@ -103,11 +116,12 @@ def test_a_feed_that_is_out_of_date_is_refused() -> None:
 
 def test_an_older_feed_is_refused() -> None:
     older, present = feed_of(), feed_of(sequence=8, published=LATER)
-    check_present(present, at(NOW), since=8, seen=older)
+    check_present(present, at(NOW), NONE_SEEN | {"sequence": 8})
+    check_present(present, at(NOW), seen=older)
     check_present(present, at(NOW), seen=present)
     refused: list[Callable[[], None]] = [
         lambda: check_present(older, at(NOW), seen=present),
-        lambda: check_present(older, at(NOW), since=8),
+        lambda: check_present(older, at(NOW), NONE_SEEN | {"sequence": 8}),
         lambda: check_present(feed_of(published=EARLIER), at(NOW), seen=older),
     ]
     for check in refused:

@@ -55,6 +55,16 @@ def test_a_deletion_revokes_a_copy_and_no_other(model: Path, ask: Ask, copies: P
     assert not ask("check-adapter", kept["path"], *published(model))["revoked"]
 
 
+def test_of_a_copied_model_adapters_alone_are_judged(model: Path, ask: Ask, copies: Path) -> None:
+    whole = shutil.copytree(model, copies.parent / "whole")
+    forget(model, ask)
+    ask("revocations", "publish", "-m", model)
+    checked = ask("check-adapter", whole, *published(model), code=7)
+    assert {Path(each["path"]).name for each in checked["files"]} == {"adapter_model.safetensors"}
+    skipped = {Path(each).name for each in checked["skipped"]}
+    assert "optimizer.safetensors" in skipped
+
+
 def statements(model: Path, kind: str) -> list[Path]:
     """Return the statements of a type in the log; each is named by its sha256."""
     found = (model / "log" / "statements").iterdir()
