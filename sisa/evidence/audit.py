@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +75,19 @@ class Audit:
     def passed(self) -> bool:
         return all(each.result != "failed" for each in self.checks)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what is signed and what `--json` prints."""
+        return {
+            "model": self.model,
+            "at": self.at,
+            "seed": self.seed,
+            "sample": self.sample,
+            "shards": list(self.shards),
+            "checks": [asdict(each) | {"result": each.result} for each in self.checks],
+            "passed": self.passed,
+        }
+
 
 def drawn(seed: str, shards: Iterable[int], sample: int) -> list[int]:
     """Return the shards that a seed draws, in their order."""
@@ -135,24 +148,12 @@ def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
             return os.path.relpath(where, directory)
         return "outside the model" if os.path.isabs(where) else where
 
-    checks = [
-        {
-            "name": each.name,
-            "result": each.result,
-            "findings": [{"where": inside(found.where), "what": found.what} for found in each.findings],
-        }
-        for each in done.checks
-    ]
-    predicate = {
-        "model": done.model,
-        "at": done.at,
-        "seed": done.seed,
-        "sample": done.sample,
-        "shards": list(done.shards),
-        "checks": checks,
-        "passed": done.passed,
-    }
-    return statement(done.subject, AUDIT, predicate)
+    def published(check: Check) -> Check:
+        found = (Problem(inside(each.where), each.what) for each in check.findings)
+        return replace(check, findings=tuple(found))
+
+    public = replace(done, checks=tuple(map(published, done.checks)))
+    return statement(done.subject, AUDIT, public.facts)
 
 
 def _check(name: str, find: Callable[[], Iterable[Problem]], skipped: str = "") -> Check:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -74,16 +74,9 @@ def audited(found: Audit, output: Path | None) -> Result:
     else:
         lines.append(f"signed: entry {found.index} of the log" + (f", {output}" if output else ""))
     lines.append("PASSED" if found.passed else "FAILED")
-    checks = [asdict(each) | {"result": each.result} for each in found.checks]
-    body: dict[str, Any] = {
-        **{name: getattr(found, name) for name in ("model", "at", "seed", "sample", "passed")},
-        "shards": list(found.shards),
-        "checks": checks,
-        "signed": bool(found.envelope),
-        "entry": found.index,
-        "report": str(output) if output and found.envelope else None,
-    }
-    return Result(body, lines, 0 if found.passed else EXIT_INTEGRITY)
+    report = str(output) if output and found.envelope else None
+    signed = {"signed": bool(found.envelope), "entry": found.index, "report": report}
+    return Result(found.facts | signed, lines, 0 if found.passed else EXIT_INTEGRITY)
 
 
 @command(
