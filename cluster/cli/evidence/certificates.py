@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,15 @@ from cluster.cli.evidence.published import (
     read_public_keys,
 )
 from cluster.cli.input_files import read_bytes
-from cluster.render.result import Result, counted, time_left
-from sisa.core.requests import days_left
+from cluster.render.result import Result, counted
 
 if TYPE_CHECKING:
     from sisa.evidence.database import Logged
     from sisa.verifier.certificate import Certificate
+    from sisa.verifier.envelope import Refused
 
-# Raised by a signed statement of another form than this version's.
-UNKNOWN_FORM = (KeyError, TypeError, ValueError, AttributeError)
 TIMES = ("received", "approved", "committed", "erased", "completed")
+ENDS = ("passed", "warned", "failed")  # of a check's tests
 certificate = command_group("certificate", "Show, export and issue certificates of deletions.")
 stated_argument = click.argument("name", metavar="REQUEST")
 
@@ -172,16 +172,50 @@ def checks_about(
 ) -> list[dict[str, Any]]:
     """Return the checks among `statements` that are about adapters of the statement `stated`."""
     from sisa.verifier.certificate import AUDIT, TEST_RESULT
+    from sisa.verifier.envelope import Refused
 
     named, found = _digests(stated), []
     for sha256, each in statements:
         if each["predicateType"] in (AUDIT, TEST_RESULT) and (same := named & _digests(each)):
             try:
+                _check_form(each)
                 check = _audited(each) if each["predicateType"] == AUDIT else _tested(each)
-            except UNKNOWN_FORM:
-                check = {"check": "of an unknown form", "result": "UNKNOWN", "at": ""}
+            except Refused as error:
+                check = {"check": f"of another form ({_fault(error)})", "result": "UNKNOWN", "at": ""}
             found.append({"sha256": sha256, "adapters": len(same), **check})
     return found
+
+
+def _check_form(statement: Mapping[str, Any]) -> None:
+    """Raise Refused unless a statement of a documented type has the form that its schema describes."""
+    from sisa.verifier.envelope import check_form
+
+    schema = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_bytes())
+    for each in (kind["properties"] for kind in schema["oneOf"]):
+        if statement["predicateType"] in each["predicateType"]["enum"]:
+            form = _form(each["predicate"], schema["$defs"])
+            check_form(statement["predicate"], "the statement", form)
+
+
+def _form(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Any:
+    """Return the form (of `check_form`) that a schema describes; it may have other members as well."""
+    from sisa.verifier.envelope import Among
+
+    if "$ref" in schema:
+        return _form(named[schema["$ref"].removeprefix("#/$defs/")], named)
+    if schema.get("type") == "object":
+        required = {name: schema["properties"][name] for name in schema.get("required", ())}
+        return Among({name: _form(each, named) for name, each in required.items()})
+    if schema.get("type") == "array":
+        return [_form(schema["items"], named)]
+    if "oneOf" in schema:
+        return str | dict
+    return {"integer": int, "boolean": bool}.get(str(schema.get("type")), str)
+
+
+def _fault(error: Refused) -> str:
+    """Return where a statement has another form than this version's."""
+    return f"{error.where or 'predicate'}: expected {error.expected}"
 
 
 def _digests(statement: Mapping[str, Any]) -> set[str]:
@@ -190,19 +224,22 @@ def _digests(statement: Mapping[str, Any]) -> set[str]:
 
 def _tested(statement: Mapping[str, Any]) -> dict[str, Any]:
     stated = statement["predicate"]
-    (run,) = stated["configuration"]
-    tests = {name: list(map(str, stated[f"{name}Tests"])) for name in ("passed", "warned", "failed")}
-    at = str(run["annotations"]["at"])
-    return {"check": str(run["name"]), "result": str(stated["result"]), "at": at, **tests}
+    runs, tests = stated["configuration"], {end: stated[f"{end}Tests"] for end in ENDS}
+    check = ", ".join(each["name"] for each in runs)
+    at = ", ".join(each["annotations"]["at"] for each in runs)
+    return {"check": check, "result": stated["result"], "at": at, **tests}
 
 
 def _audited(statement: Mapping[str, Any]) -> dict[str, Any]:
-    stated = statement["predicate"]
-    results = [(str(each["name"]), str(each["result"])) for each in stated["checks"]]
-    kinds = {"passed": "passed", "skipped": "warned", "failed": "failed"}
-    tests = {kinds[end]: [name for name, result in results if result == end] for end in kinds}
-    result = "PASSED" if stated["passed"] is True else "FAILED"
-    return {"check": "audit", "result": result, "at": str(stated["at"]), **tests}
+    from sisa.verifier.envelope import Among, check_form
+
+    form = {"passed": bool, "at": str, "checks": [Among({"name": str, "result": str})]}
+    stated = check_form(statement["predicate"], "the report of an audit", Among(form))
+    results = [(each["name"], each["result"]) for each in stated["checks"]]
+    ends = {"passed": "passed", "skipped": "warned", "failed": "failed"}
+    tests = {ends[end]: [name for name, result in results if result == end] for end in ends}
+    result = "PASSED" if stated["passed"] else "FAILED"
+    return {"check": "audit", "result": result, "at": stated["at"], **tests}
 
 
 def _check_lines(stated: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -213,12 +250,14 @@ def _check_lines(stated: Mapping[str, Any], checks: Sequence[Mapping[str, Any]])
     for each in checks:
         about = f"of {each['adapters']} of {number}"
         yield f"  check: {each['check']} {each['result']} at {each['at']}, {about}"
-        for end in ("passed", "warned", "failed"):
+        for end in ENDS:
             yield from (f"    {end}: {name}" for name in each.get(end, ()))
 
 
 def shown(found: Certificate) -> Result:
-    """Render a verified statement."""
+    """Render a verified statement; in words, if it has the form that this version knows."""
+    from sisa.verifier.envelope import Refused
+
     body = {
         "type": found.kind,
         "sha256": found.sha256,
@@ -227,9 +266,10 @@ def shown(found: Certificate) -> Result:
         "statement": found.statement,
     }
     try:
+        _check_form(found.statement)
         lines = list(_words(found))
-    except UNKNOWN_FORM:
-        lines = ["this version can't put the statement into words: --json prints it"]
+    except Refused as error:
+        lines = [f"not in words, for it has another form ({_fault(error)}): --json prints it"]
     return Result(body, lines)
 
 
@@ -257,10 +297,11 @@ def _words(found: Certificate) -> Iterator[str]:
 
 def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
     """Yield the facts of a certificate about its request, the most asked for first."""
+    from sisa.verifier.envelope import Among, check_form
+
     request, plan, checks = stated["request"], stated["plan"], stated["checks"]
     arrived = f"received on {on}, " if (on := request.get("received_on")) else ""
-    days = days_left(request["due"], request["times"]["completed"])
-    late = f", {time_left(days)} when it was completed" if days < 0 else ""
+    late = ", completed after that" if request["times"]["completed"][:10] > request["due"] else ""
     yield f"  request {request['id']} ({request['regime']}, {arrived}due {request['due']}{late})"
     times = {state: request["times"][state] for state in TIMES}
     yield f"  {', '.join(f'{state} {at}' for state, at in times.items() if at)}"
@@ -277,9 +318,11 @@ def _deletion_words(stated: Mapping[str, Any]) -> Iterator[str]:
         yield f"  remains: {each['what']} ({each['where']}): {count}{each['why']}"
     epochs = f"{plan['record_epochs_retrained']} of {plan['record_epochs_full']} record-epochs"
     yield f"  retrained: {epochs}, in {plan['seconds']} s"
-    for name in ("sweep", "replay"):
-        found = checks[name]
-        yield f"  {name}: {found if isinstance(found, str) else found['predicate']['result']}"
+    if isinstance(sweep := checks["sweep"], dict):
+        result = Among({"predicate": Among({"result": str})})
+        sweep = check_form(sweep, "the search", result)["predicate"]["result"]
+    yield f"  sweep: {sweep}"
+    yield f"  replay: {checks['replay']}"
     yield f"  probe: {stated['probe']['result']}"
     left = stated["exceptions"]
     yield f"  exports not found: {left['exports_not_found']}; legal holds: {stated['legal_holds']}"

@@ -156,10 +156,16 @@ def test_checks_are_named_beside_the_certificate_they_are_about(
 def test_a_check_of_another_form_is_shown_as_unknown(model: Path, ask: Ask) -> None:
     ask("sweep", "-m", model)
     ((sha256, stated),) = results_of_checks(open_model(model))
-    for strange in ({}, {"configuration": [3]}, {"configuration": [{"name": 1, "annotations": []}]}):
+    members = "expected result, configuration, passedTests, warnedTests, failedTests"
+    run = {**stated["predicate"], "configuration": [{"name": 1, "annotations": {"at": ""}}]}
+    for strange, why in (
+        ({}, f"predicate: {members}"),
+        (run, "configuration: expected name, uri, annotations"),
+    ):
         other = {**stated, "predicate": strange}
         (found,) = checks_about(stated, [(sha256, other)])
         assert (found["result"], found["sha256"]) == ("UNKNOWN", sha256)
+        assert why in found["check"]
     elsewhere = {**stated, "subject": [{"name": "base", "digest": {"sha256": "0" * 64}}]}
     assert checks_about(stated, [(sha256, elsewhere)]) == []
 
