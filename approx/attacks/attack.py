@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from approx.evaluation.answers import asks_by_prompt, score_examples
 from approx.metrics.auc import Auc
+from approx.metrics.privleak import PrivLeak
 from approx.metrics.probability import probability
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
@@ -117,6 +118,14 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Aucs:
+    """AUCs by score or layer; membership beside a reference has PrivLeak, where it is defined."""
+
+    values: Mapping[str, Auc]
+    privleak: PrivLeak | None = None
+
+
+@dataclass(frozen=True)
 class Attack:
     """An attack; a subclass has its strength as fields.
 
@@ -129,7 +138,7 @@ class Attack:
     least: ClassVar[int] = 1
     on_weights: ClassVar[bool] = False
 
-    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve | Mapping[str, Auc]:
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve | Aucs:
         """Attack a model. Raise InvalidInput for a set that is needed and empty."""
         raise NotImplementedError
 

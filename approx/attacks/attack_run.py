@@ -20,8 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from approx.attacks.attack import Attack, AttackSets, Curve, SetName, probabilities
-from approx.attacks.membership import Membership, privleak_against_reference
+from approx.attacks.attack import Attack, AttackSets, Aucs, Curve, SetName, probabilities
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.asking import log_name
@@ -29,19 +28,19 @@ from approx.evaluation.evaluated_models import DeletionReadyModel, Dtype, open_e
 from approx.evaluation.question_log import Header, LogWriter
 from approx.evaluation.questions import PromptForm
 from approx.metrics.auc import Auc
-from approx.metrics.privleak import PrivLeak
+from approx.metrics.privleak import MIN_K, PrivLeak
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import end_tokens
 
 Asked = Sequence[tuple[str, str]]  # questions and answers
 Texts = Mapping[SetName, Asked]
-UNATTACKED, PRIVLEAK = "as_it_is", "privleak"
+UNATTACKED = "as_it_is"
 
 
 @dataclass(frozen=True)
 class AttackRow:
-    """The result of one attack: the measure and values of a curve, AUCs, or PrivLeak."""
+    """The result of one attack: the measure and values of a curve, or AUCs with their PrivLeak."""
 
     attack: str
     measure: str | None = None
@@ -176,6 +175,8 @@ def attack_opened(
         "seed": order.seed,
         "references": [each.evaluated.digest for each in references],
     }
+    if references:
+        settings["privleak_k"] = MIN_K
     also = {"also": order.also} if order.also else {}
     known = None
     if before is not None:
@@ -189,7 +190,7 @@ def attack_opened(
     not_made = {name: why for name, why in reasons.items() if why is not None}
     made = [each for each in attacks if each.name not in not_made]
     rows = _attack_model(opened.model, sets, made, order.seed, log, header)
-    wanted = {UNATTACKED, PRIVLEAK, *(each.name for each in attacks)}
+    wanted = {UNATTACKED, *(each.name for each in attacks)}
     chosen = {name: row for name, row in rows.items() if name in wanted}
     name, digest = opened.evaluated.name, opened.evaluated.digest
     return AttackedModel(name, digest, log, settings, chosen, not_made, known)
@@ -198,7 +199,7 @@ def attack_opened(
 def _attack_model(
     model: Any, sets: AttackSets, attacks: Sequence[Attack], seed: int, path: Path, header: Header
 ) -> dict[str, AttackRow]:
-    """Make the attacks that a log lacks, and PrivLeak where membership has a reference."""
+    """Make the attacks that a log lacks."""
     with LogWriter(path, header, _ROW.validate_json) as writer:
         held = {row.attack for row in writer.rows}
         if UNATTACKED not in held:
@@ -207,14 +208,11 @@ def _attack_model(
         for attack in attacks:
             if attack.name not in held:
                 writer.append([_row(attack.name, attack(model, sets, seed))])
-            if attack.name == Membership.name and sets.references and PRIVLEAK not in held:
-                leak = privleak_against_reference(model, sets, seed)
-                writer.append([AttackRow(PRIVLEAK, privleak=leak)])
         return {row.attack: row for row in writer.rows}
 
 
-def _row(name: str, found: Curve | Mapping[str, Auc]) -> AttackRow:
+def _row(name: str, found: Curve | Aucs) -> AttackRow:
     if isinstance(found, Curve):
         values = {str(strength): list(each) for strength, each in found.values.items()}
         return AttackRow(name, found.measure, values)
-    return AttackRow(name, aucs=dict(found))
+    return AttackRow(name, aucs=dict(found.values), privleak=found.privleak)

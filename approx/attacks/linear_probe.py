@@ -19,16 +19,16 @@ texts the AUC is noise. Another reader may find what no line finds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from approx.attacks.attack import Attack, AttackSets
+from approx.attacks.attack import Attack, AttackSets, Aucs
 from approx.evaluation.answers import answered, collate, logits_at
-from approx.metrics.auc import Auc, auc
+from approx.metrics.auc import auc
 from approx.metrics.membership import Array
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
 from sisa.core.errors import InvalidInput
@@ -45,7 +45,7 @@ class LinearProbe(Attack):
     least: ClassVar[int] = 4  # two folds of two
     on_weights: ClassVar[bool] = True
 
-    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Mapping[str, Auc]:
+    def __call__(self, model: Any, sets: AttackSets, seed: int) -> Aucs:
         pairs = [answers(each, sets.tokenizer)[0] for each in sets.examples("asked")]
         if len(pairs) < self.least:
             raise InvalidInput(
@@ -64,7 +64,7 @@ class LinearProbe(Attack):
         for layer, (own_ND, other_ND) in enumerate(zip(own, other, strict=True)):
             scores = held_out_scores(own_ND, other_ND, folds)
             found[f"layer {layer}"] = auc(*scores, paired=True, seed=seed)
-        return found
+        return Aucs(found)
 
 
 def folds_of(num: int) -> list[list[int]]:

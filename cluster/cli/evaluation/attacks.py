@@ -113,8 +113,7 @@ def _attack_json(model: AttackedModel) -> dict[str, Any]:
     from approx.metrics.auc import reading
 
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
-    membership, leak = model.rows.get("membership"), model.rows.get("privleak")
-    probes = model.rows.get("linear_probe")
+    membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")
     return {
         "model": model.name,
         "digest": model.digest,
@@ -134,7 +133,7 @@ def _attack_json(model: AttackedModel) -> dict[str, Any]:
             name: {**asdict(each), "reading": reading(each)}
             for name, each in (membership.aucs or {}).items()
         },
-        "privleak": leak and leak.privleak and asdict(leak.privleak),
+        "privleak": membership and membership.privleak and asdict(membership.privleak),
         "linear_probe": probes
         and probes.aucs
         and {layer: asdict(each) for layer, each in probes.aucs.items()},
@@ -163,11 +162,10 @@ def _attack_words(model: AttackedModel) -> Iterator[str]:
     if membership and membership.aucs:
         yield f"  {'membership':<24} {auc_words(membership.aucs)}"
         yield from over_unlearned_words(membership.aucs)
+        if membership.privleak:
+            yield privleak_words(membership.privleak)
     if probes and probes.aucs:
         yield f"  {'linear_probe':<24} {auc_words(probes.aucs)}"
-    leak = model.rows.get("privleak")
-    if leak and leak.privleak:
-        yield privleak_words(leak.privleak)
     for name, why in model.not_made.items():
         yield f"  {name:<24} not made: {why}"
     yield f"  log {model.log}"

@@ -122,11 +122,11 @@ def _words(split: str, model: FinishedLog, found: Aggregates, first: Headline) -
         lines.append(f"  forget quality and utility together {found.aggregate:.4g}")
     lines.append(f"  membership, forget against holdout: {auc_words(found.attacks, '--holdout')}")
     lines += over_unlearned_words(found.attacks)
+    if found.privleak is not None:
+        lines.append(privleak_words(found.privleak))
     against = auc_words(found.attacks_against_reference, "--reference with scores")
     lines.append(f"  the same questions against the reference: {against}")
     lines += over_unlearned_words(found.attacks_against_reference)
-    if found.privleak is not None:
-        lines.append(privleak_words(found.privleak))
     return [*lines, f"  log {model.log}"]
 
 

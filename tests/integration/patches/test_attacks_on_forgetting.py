@@ -159,7 +159,9 @@ def test_a_prefix_is_a_longer_prompt_and_a_wrapping_another_one(model: Any, sets
 def test_what_is_known_is_recognised_and_equal_references_calibrate_it_away(
     model: Any, sets: AttackSets
 ) -> None:
-    found = Membership()(model, replace(sets, references=(model, model)), seed=0)
+    made = Membership()(model, replace(sets, references=(model, model)), seed=0)
+    assert made.privleak is None, "a reference that recognises every text is none"
+    found = made.values
     assert {name: each.value for name, each in found.items() if each.value != 0.5} == dict.fromkeys(
         ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm"), 1.0
     )
@@ -251,7 +253,7 @@ def test_a_probe_finds_a_planted_direction_and_nothing_in_noise() -> None:
 
 
 def test_a_probe_tells_what_is_known_in_the_upper_layers(model: Any, sets: AttackSets) -> None:
-    found = LinearProbe()(model, sets, seed=0)
+    found = LinearProbe()(model, sets, seed=0).values
     assert list(found) == ["layer 0", "layer 1"]
     assert all(each.num_members == len(ASKED) for each in found.values())
     with pytest.raises(InvalidInput, match="more texts"):
