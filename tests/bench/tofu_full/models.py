@@ -33,7 +33,6 @@ from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.compute import Compute
 from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import Sets
-from approx.unlearning.private_training import PrivacySettings, train_privately
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
 from sisa.config.config import RunConfig
@@ -45,6 +44,7 @@ from sisa.store.blobs.files import write_atomic
 from sisa.train import train_model
 from tests.bench.command import Clock
 from tests.bench.deletion.retrained import secret_of
+from tests.bench.private_training import PrivacySettings, train_privately
 from tests.bench.tofu_full.base import Files, FrozenBase, read_adapter
 from tests.bench.tofu_full.budgets import AT_THE_END, uncut, within
 from tests.bench.tofu_full.cells import Cells, Json

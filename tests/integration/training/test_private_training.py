@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from approx.unlearning.private_training import (
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.tokens import NO_LOSS, Tokens
+from tests.bench.private_training import (
     PrivacySettings,
     clipped_sum,
     epsilon_of,
     train_privately,
 )
-from sisa.core.errors import InvalidInput
-from sisa.lm.base.adapter import attach, lora_config
-from sisa.lm.base.numerics import pin_threads
-from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch

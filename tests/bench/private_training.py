@@ -10,8 +10,7 @@ with k examples has a weaker one (epsilon grows at least k times). It holds for 
 base and the number of examples, and not for what the base knew.
 
 This is a reference for what a guarantee costs in utility: privacy bounds what any record can do, while
-exact deletion removes it. Needs the extra `privacy` (opacus). Its pseudo-random noise is not
-cryptographically secure.
+exact deletion removes it. Its pseudo-random noise is not cryptographically secure.
 
 Source: Abadi et al. 2016, "Deep learning with differential privacy" (arXiv 1607.00133), algorithm 1;
 Mironov 2017, "Renyi differential privacy" (arXiv 1702.07476).
@@ -30,7 +29,7 @@ from torch import Tensor
 from approx.evaluation.answers import collate, model_logprobs_B
 from approx.methods.value_checks import above_zero, check_values, whole_numbers
 from approx.unlearning.target import Target
-from sisa.core.errors import InvalidInput, Problem
+from sisa.core.errors import Problem
 from sisa.lm.base.tokens import Tokens
 
 
@@ -58,7 +57,7 @@ class PrivacySettings:
 
 
 def epsilon_of(settings: PrivacySettings, num_examples: int) -> float:
-    """Return the epsilon of a whole run. Raise InvalidInput without opacus, or for impossible values."""
+    """Return the epsilon of a whole run. Raise InvalidInput for impossible values."""
     problems = []
     if settings.batch_size > num_examples:
         problems.append(
@@ -67,14 +66,8 @@ def epsilon_of(settings: PrivacySettings, num_examples: int) -> float:
     if settings.delta >= 1:
         problems.append(Problem("delta", f"{settings.delta}, expected a number below 1"))
     check_values("a private run", problems)
-    try:
-        from opacus.accountants import RDPAccountant
-    except ImportError as error:
-        raise InvalidInput(
-            "private training needs opacus, which is not installed",
-            where="privacy",
-            next_step="install the extra `privacy`",
-        ) from error
+    from opacus.accountants import RDPAccountant  # where it is not installed, the row is left out
+
     accountant = RDPAccountant()
     rate = settings.batch_size / num_examples
     accountant.history = [(settings.noise_multiplier, rate, settings.num_steps)]
