@@ -59,6 +59,7 @@ class RayPatcher(PatchMaker):
                 placement=Placement(site.threads),
                 label=lambda _task: "the patch",
                 max_retries=cluster.max_retries,
+                stall_limit_s=cluster.stall_limit_s,
                 make_ready=carrier(site.base.directory, report),
                 # This machine's fingerprint; the maker checks the one in the job.
                 terms=NodeTerms(

@@ -318,7 +318,7 @@ class ClusterBlock(Block):
     stall_limit_s: Float | None = key(
         1800.0,
         "none",
-        "Seconds of silence after which a worker that trains is killed; null: never.",
+        "Seconds of silence after which a worker that trains or makes a patch is killed; null: never.",
         gt=0,
     )
 
