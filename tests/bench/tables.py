@@ -177,24 +177,6 @@ def endurance() -> Iterator[str]:
     yield from markdown(("command", "its last run", "failures"), cells)
 
 
-def approx_methods() -> Iterator[str]:
-    """Yield the table of all methods of approximate unlearning."""
-    from approx.patches.patch_settings import describe_methods
-    from cluster.cli.patches import defaults_in_words, needs_in_words
-
-    lines = [
-        (
-            f"`{each['name']}`",
-            each["family"],
-            needs_in_words(each["needs"]),
-            defaults_in_words(each["defaults"]),
-            each["paper"],
-        )
-        for each in describe_methods()
-    ]
-    yield from markdown(("method", "family", "needs", "defaults", "paper"), lines)
-
-
 def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterator[str]]:
     """Return a table of what a benchmark recorded."""
     return lambda: table(recorded(name))
@@ -257,7 +239,6 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "sisa/config/KEYS.md": {"keys": reference},
     "tests/README.md": {"endurance": endurance},
-    "approx/README.md": {"approx-methods": approx_methods},
 }
 
 
