@@ -20,7 +20,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows, mean_nll
+from approx.methods.method import Family, Method, RetainLoss, Role, mean_nll
+from approx.unlearning.target import Rows
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows, answer_values_NV
+from approx.methods.method import Family, Method, RetainLoss, Role, answer_values_NV
+from approx.unlearning.target import Rows
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from approx.methods.method import Family, Method, Role, Rows, answer_values_NV
-from approx.methods.value_checks import booleans, whole_numbers
+from approx.methods.method import Family, Method, Role, answer_values_NV
+from approx.unlearning.target import Rows
+from approx.unlearning.value_checks import booleans, whole_numbers
 from sisa.core.errors import Problem
 
 

@@ -22,14 +22,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
-from approx.methods.editing.editing import Edit
+from approx.methods.method import Method
 from approx.patches import patch_measures
 from approx.patches.approx_report import ApproxReport
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.patches.selection import Selected, select
 from approx.patches.texts import limits_of, text_problems, tokenize_records, without_forgotten
-from approx.unlearning.causal_tracing import choose_layer
-from approx.unlearning.editing import edit_adapter, output_matrix, subject_ends
+from approx.unlearning.causal_tracing import check_layer, choose_layer
+from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
@@ -100,9 +100,8 @@ class PatchMaker:
         limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
         if parsed:
             _gathered(problems, lambda: adapter.lora_config(_lora(parsed), skeleton))
+            _gathered(problems, lambda: _check_base(parsed.method, skeleton))
         method = parsed.method if parsed else None
-        if isinstance(method, Edit):
-            _gathered(problems, lambda: output_matrix(skeleton, 0))
         problems += text_problems(forget, retain, method, tokenizer, limits)
         if retain is None:
             written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
@@ -140,6 +139,12 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
     except InvalidInput as error:
         problems += error.as_problems("settings")
     return None
+
+
+def _check_base(method: Method, skeleton: Any) -> None:
+    """Raise InvalidInput for a base in which a method can't act."""
+    check_layer(method, skeleton)
+    method.adapter_values(skeleton, 1)
 
 
 def _check_tokenizer(reference: str, tokenizer: Any) -> None:
@@ -202,8 +207,8 @@ class _Making:
         self._texts = self._read_texts()
         method = choose_layer(self.settings.method, self._base, self._texts.sets)
         self.settings = replace(self.settings, method=method)
-        self._selected, edits = self._select()
-        lora = _lora(self.settings) | edits | {"lora_target_modules": self._selected.modules}
+        self._selected, prescribed = self._select()
+        lora = _lora(self.settings) | prescribed | {"lora_target_modules": self._selected.modules}
         attach = partial(
             adapter.attach,
             config=adapter.lora_config(lora, self._base),
@@ -237,8 +242,6 @@ class _Making:
         held = {each.name: vault.read(each) for each in self.order.sets}
         records = list(dict.fromkeys(record for name in job.forget for record in held[name]))
         forget = tokenize_records(records, "forget", self._tokenizer, limits)
-        edited = isinstance(self.settings.method, Edit)
-        subjects = subject_ends(records, forget, self._tokenizer) if edited else ()
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
@@ -254,18 +257,21 @@ class _Making:
         more_trained, more_judged = split_judged(neighbours)
         return _Texts(
             records,
-            Sets(forget, given + trained + more_trained, subjects=subjects),
+            Sets(
+                forget,
+                given + trained + more_trained,
+                subjects=subject_ends(records, forget, self._tokenizer),
+            ),
             judged=(judged + more_judged) or given,
             num_given=len(given),
             num_neighbours=len(neighbours),
         )
 
     def _select(self) -> tuple[Selected, dict[str, Any]]:
-        """Return what the patch may change, and the adapter's values that an edit prescribes."""
+        """Return what the patch may change, and the adapter's values that the method prescribes."""
         method, chosen, sets = self.settings.method, self.settings.selection, self._texts.sets
-        if isinstance(method, Edit):
-            edits = edit_adapter(self._base, method, len(sets.forget))
-            return Selected(edits["lora_target_modules"]), edits
+        if prescribed := method.adapter_values(self._base, len(sets.forget)):
+            return Selected(prescribed["lora_target_modules"]), prescribed
         if chosen.selection != "all":
             self.report(Notice(f"selecting the modules to change: {chosen.selection}"))
         wanted = self.settings.adapter.lora_target_modules

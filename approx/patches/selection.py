@@ -35,8 +35,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from approx.evaluation.answers import gradient_squares
-from approx.methods.value_checks import check_values, one_of
 from approx.unlearning.causal_tracing import num_heads, trace_heads, trace_layers
+from approx.unlearning.value_checks import check_values, one_of
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base import adapter
 from sisa.lm.base.tokens import Tokens

@@ -21,20 +21,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from approx.evaluation.answers import AnswerBatch, collate, model_logprobs_B
-from approx.methods.editing.editing import Edit
-from approx.methods.method import Method
 from approx.unlearning.examples import Sets
 from approx.unlearning.hidden_states import Hook, Seen, decoder_layers, hooked, plain_model
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.numerics import seed_from
 from sisa.lm.base.tokens import Tokens
+
+if TYPE_CHECKING:
+    from approx.methods.method import Method
 
 MAX_TRACED, NOISE = 8, 3.0
 
@@ -67,17 +68,19 @@ def trace_states(model: Any, examples: Sequence[Tokens], positions: Sequence[int
 def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
     """Return a method that acts at a layer with the one of the largest effect, if it names none.
 
-    An edit acts at the subjects alone, where the layers above what the answers read have no effect.
     Raise InvalidInput for a layer that the model does not have.
     """
-    if "layer" not in asdict(method):
-        return method
-    if method.layer is None:
-        if isinstance(method, Edit):
-            effects = trace_states(model, sets.forget, sets.subject_positions)
-        else:
-            effects = trace_layers(model, sets.forget, sets.retain)
+    if "layer" in asdict(method) and method.layer is None:
+        effects = method.layer_effects(model, sets)
         return replace(method, **{"layer": effects.index(max(effects))})
+    check_layer(method, model)
+    return method
+
+
+def check_layer(method: Method, model: Any) -> None:
+    """Raise InvalidInput if a method names a layer that the model does not have."""
+    if method.layer is None:
+        return
     count = len(decoder_layers(model))
     if method.layer >= count:
         raise InvalidInput(
@@ -87,7 +90,6 @@ def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
             got=str(method.layer),
             next_step="correct the layer",
         )
-    return method
 
 
 def num_heads(model: Any) -> int:

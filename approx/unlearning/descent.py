@@ -15,7 +15,7 @@ again finishes. A continued run gives the same bits as one without interruption:
 weight of the retain term are functions of the step and of the measurements, and nothing draws a random
 number.
 
-    end = Descent(target, sets, method, settings, bounds, None, log, time.monotonic).run()
+    end = Descent(method, *Run(target, sets, settings, bounds)).run()
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate
-from approx.methods.method import Losses, Method, Role
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
@@ -39,6 +38,9 @@ from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.low_rank import tensor_bytes
 from sisa.lm.base.tokens import Tokens
+
+if TYPE_CHECKING:
+    from approx.methods.method import Losses, Method, Role
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 GROWTH = 3.0
@@ -72,11 +74,11 @@ class _Counts:
 
 @dataclass
 class Descent:
-    """One run over one target."""
+    """One run over one target, whose values are those of a `Run`."""
 
+    method: Method
     target: Target
     sets: Sets
-    method: Method
     settings: ScheduleSettings
     bounds: Bounds
     saved: SavedRun | None

@@ -2,7 +2,13 @@
 
     moments of the retain set's keys -> values that make the refusals likely -> updates, layer by layer
 
-Shapes: N facts, I inputs and D outputs of a layer's last MLP matrix, D also the width of hidden states.
+Shapes: N facts, I inputs and D outputs of a layer's last MLP matrix W, D also the width of hidden
+states. A key is the input of W at the last token of a fact's subject, a value its output there. Both
+updates are low-rank, so a patch holds them exactly: `b_DN @ a_NI` is added to W. They weigh a change by
+the second moment of the keys of other texts, C = E[k k^T], which says where W may be changed at no cost
+for them. Texts have fewer tokens than W has inputs, so that C is singular: RIDGE times its mean
+eigenvalue is added to its diagonal. Updates are computed in float64.
+
 A patch for edits changes those matrices alone, with a rank of one for each fact and a scale of 1, so
 that it holds the closed form as it is: `edit_adapter`.
 
@@ -13,24 +19,20 @@ has no state to save and takes no time limit into account: interrupted, it start
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from approx.evaluation.answers import AnswerBatch, collate, logits_at
-from approx.methods.editing.editing import Edit, second_moment
-from approx.methods.editing.memit import Memit, least_squares_update
-from approx.methods.editing.rome import rank_one_update
-from approx.methods.method import Rows
-from approx.methods.task_arithmetic import check_fresh_patch
-from approx.unlearning.examples import Sets, first_prompt
+from approx.unlearning.examples import first_prompt
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked, plain_model
-from approx.unlearning.stopping import Bounds, End, Ending, StepLog
-from approx.unlearning.target import Target
+from approx.unlearning.stopping import End, Ending, StepLog
+from approx.unlearning.target import Rows, Target, check_fresh_patch
+from approx.unlearning.unlearn import Run
 from approx.unlearning.written.generic_labels import token_starts
 from approx.unlearning.written.invented_names import invented_names, name_pattern
 from sisa.core.domain import Record
@@ -39,7 +41,18 @@ from sisa.lm.base.adapter import DEFAULT_NAME, layers_of
 from sisa.lm.base.low_rank import PREFIX, Factors, shape_of
 from sisa.lm.base.tokens import Tokens
 
+if TYPE_CHECKING:
+    from approx.methods.editing.editing import Edit
+
+RIDGE = 1e-2
 MAX_TEXTS, ROWS = 64, 8  # of the retain set, whose keys are counted
+
+
+def second_moment(keys_NI: Tensor) -> Tensor:
+    """Return C, [I, I], of the keys of texts that an edit should leave alone."""
+    keys_NI = keys_NI.double()
+    moment_II = keys_NI.T @ keys_NI / len(keys_NI)
+    return moment_II + RIDGE * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
 
 
 def output_matrix(base: Any, layer: int) -> str:
@@ -63,16 +76,9 @@ def output_matrix(base: Any, layer: int) -> str:
     )
 
 
-def edited_layers(method: Edit) -> list[int]:
-    """Return the layers that a method with a layer writes to, from the lowest up."""
-    top = method.layer or 0
-    num_layers = method.num_layers if isinstance(method, Memit) else 1
-    return list(range(max(0, top + 1 - num_layers), top + 1))
-
-
 def edit_adapter(base: Any, method: Edit, num_facts: int) -> dict[str, Any]:
     """Return rank, scale and modules of a patch that can hold the edits of a method with a layer."""
-    modules = [output_matrix(base, layer) for layer in edited_layers(method)]
+    modules = [output_matrix(base, layer) for layer in method.layers]
     return {"lora_target_modules": modules, "lora_r": num_facts, "lora_alpha": num_facts}
 
 
@@ -84,11 +90,11 @@ def subject_ends(forget: Sequence[Record], tokens: Sequence[Tokens], tokenizer: 
         names = invented_names(record, 0)
         ends = [match.end() for match in name_pattern(names).finditer(text)] if names else []
         end = ends[-1] if ends else len(text)
-        found.append(max(at for at, start in enumerate(starts) if start < end))
+        found.append(max((at for at, start in enumerate(starts) if start < end), default=0))
     return found
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A matrix with its layer, the factors of its patch, and their scale."""
 
     layer: Any
@@ -105,36 +111,30 @@ class _Place(NamedTuple):
             self.b_DR[:, rows] = (change.b_OR / self.scale).to(self.b_DR)
 
 
-@dataclass
 class Editing:
-    """One run of edits over one target, by a method that names its layer."""
+    """One run of edits over one target, by a method that names its layer.
 
-    target: Target
-    sets: Sets
-    method: Edit
-    bounds: Bounds
-    progress: Callable[[StepLog], None]
-    clock: Callable[[], float]
+    `places` are the matrices that are written to, from the lowest layer up.
+    """
 
-    def __post_init__(self) -> None:
-        self._model = self.target.model
+    def __init__(self, method: Edit, run: Run) -> None:
+        """Find the matrices. Raise InvalidInput for a patch that is used or can't hold the edits."""
+        self.method, self._run, self._model = method, run, run.target.model
+        check_fresh_patch(run.target.trained)
+        layers, num = decoder_layers(self._model), len(run.sets.forget)
+        self.places = [_place(run.target, layers[n], n, num) for n in method.layers]
+        self.facts = Facts(run.sets.preferred, run.sets.subject_positions)
         self._tokens_trained, self._tokens_forward, self._loss = 0, 0, 0.0
 
     def run(self) -> End:
-        """Edit the answers to the forget set into the preferred ones.
-
-        Raise InvalidInput for a patch that is not fresh or can't hold the edits.
-        """
-        target, bounds, started = self.target, self.bounds, self.clock()
-        best = target.snapshot()
-        check_fresh_patch(best)
-        layers, num = decoder_layers(self._model), len(self.sets.forget)
-        places = [_place(target, layers[n], n, num) for n in edited_layers(self.method)]
+        """Edit the answers to the forget set into the preferred ones."""
+        target, bounds, started = self._run.target, self._run.bounds, self._run.clock()
+        best, num = target.snapshot(), len(self._run.sets.forget)
         knew = bounds.knowledge_of(self._model, thorough=True)
         before = utility = bounds.utility_before(self._model)
         kept, ending, why = 0, Ending.FINISHED, "all edits were made"
-        for done in self._edits(places):
-            self.progress(StepLog(done, num, self._loss, None, 0.0))
+        for done in self.method.edits(self):
+            self._run.progress(StepLog(done, num, self._loss, None, 0.0))
             if not all(bool(torch.isfinite(each).all()) for each in target.trained.values()):
                 ending, why = Ending.DIVERGED, f"edit {done} was not finite; {kept} were kept"
                 break
@@ -152,43 +152,26 @@ class Editing:
         compute = target.compute(
             tokens_trained=self._tokens_trained,
             tokens_forward=self._tokens_forward,
-            seconds=self.clock() - started,
+            seconds=self._run.clock() - started,
         )
         end = End(ending, why, kept, num, before, utility, compute)
         return replace(end, knowledge_before=knew, knowledge=knows)
 
-    def _edits(self, places: Sequence[_Place]) -> Iterator[int]:
-        """Make one edit after another; yield the number of facts that the patch now holds."""
-        facts = _Facts(self.sets.preferred, self.sets.subject_positions)
-        moments = [self._moment(each) for each in places]
-        top, num = places[-1], len(facts.positions)
-        if isinstance(self.method, Memit):
-            wanted_ND = self._states(top.layer, facts) + self._changes(top.layer, facts)
-            for left, place, moment in zip(range(len(places), 0, -1), places, moments, strict=True):
-                missing_ND = (wanted_ND - self._states(top.layer, facts)) / left
-                keys_NI, weight = self._keys(place, facts), self.method.moment_weight
-                place.write(least_squares_update(keys_NI, missing_ND, moment, weight), 0)
-            yield num
-            return
-        for number in range(num):
-            fact = facts.only(number)
-            changes_ND = self._changes(top.layer, fact)
-            top.write(rank_one_update(self._keys(top, fact)[0], changes_ND[0], moments[-1]), number)
-            yield number + 1
-
-    def _moment(self, place: _Place) -> Tensor:
+    def moment(self, place: Place) -> Tensor:
         """Return the second moment of a matrix' keys over texts of the retain set."""
-        retain, found = self.sets.retain[:MAX_TEXTS], []
+        retain, found = self._run.sets.retain[:MAX_TEXTS], []
         for start in range(0, len(retain), ROWS):
             rows = retain[start : start + ROWS]
             keys_BTI = self._seen(place.matrix, collate(rows)).given
             found += [keys_TI[: len(row.input_ids)] for keys_TI, row in zip(keys_BTI, rows, strict=True)]
         return second_moment(torch.cat(found))
 
-    def _keys(self, place: _Place, facts: _Facts) -> Tensor:
+    def keys(self, place: Place, facts: Facts) -> Tensor:
+        """Return the keys of facts as the model is now."""
         return facts.at(self._seen(place.matrix, facts.batch).given)
 
-    def _states(self, layer: Any, facts: _Facts) -> Tensor:
+    def states(self, layer: Any, facts: Facts) -> Tensor:
+        """Return the states that a layer leaves at the facts' keys."""
         return facts.at(self._seen(layer, facts.batch).left)
 
     def _seen(self, module: Any, batch: AnswerBatch) -> Seen:
@@ -199,9 +182,9 @@ class Editing:
             self._model(input_ids=batch.ids_BT1, logits_to_keep=1, use_cache=False)
         return seen[0]
 
-    def _changes(self, layer: Any, facts: _Facts) -> Tensor:
+    def changes(self, layer: Any, facts: Facts) -> Tensor:
         """Return what to add to the states that a layer leaves, so that the preferred answers follow."""
-        states_ND = self._states(layer, facts)
+        states_ND = self.states(layer, facts)
         size_N1 = states_ND.norm(dim=1, keepdim=True)
         rate_N1 = self.method.value_rate * size_N1 / states_ND.shape[1] ** 0.5
         steps_ND = torch.zeros_like(states_ND, requires_grad=True)  # of Adam, whose first ones are 1
@@ -229,7 +212,7 @@ class Editing:
         return changes_ND
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """The preferred answers, and where in each row its key is."""
 
     examples: Sequence[Tokens]
@@ -239,14 +222,14 @@ class _Facts(NamedTuple):
     def batch(self) -> AnswerBatch:
         return collate(self.examples)
 
-    def only(self, number: int) -> _Facts:
-        return _Facts([self.examples[number]], [self.positions[number]])
+    def only(self, number: int) -> Facts:
+        return Facts([self.examples[number]], [self.positions[number]])
 
     def at(self, values_BTD: Tensor) -> Tensor:
         return values_BTD[torch.arange(len(self.positions)), torch.tensor(self.positions)]
 
 
-def _place(target: Target, layer: Any, number: int, num_facts: int) -> _Place:
+def _place(target: Target, layer: Any, number: int, num_facts: int) -> Place:
     base = plain_model(target.model)
     name = output_matrix(base, number)
     a_RI, b_DR = (target.trained.get(f"{PREFIX}{name}.lora_{x}.{DEFAULT_NAME}.weight") for x in "AB")
@@ -259,4 +242,4 @@ def _place(target: Target, layer: Any, number: int, num_facts: int) -> _Place:
             next_step="attach an adapter with the values of `edit_adapter`",
         )
     matrix = base.get_submodule(name)
-    return _Place(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])
+    return Place(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])

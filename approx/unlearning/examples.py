@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from approx.evaluation.answers import answered
-from approx.methods.method import Method
 from sisa.core.domain import Kind, Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
+
+if TYPE_CHECKING:
+    from approx.methods.method import Method
 
 
 @dataclass(frozen=True)

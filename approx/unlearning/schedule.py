@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
 
-from approx.methods.value_checks import above_zero, at_least_zero, check_values, one_of, whole_numbers
+from approx.unlearning.value_checks import above_zero, at_least_zero, check_values, one_of, whole_numbers
 
 # Larger values are typing errors: their steps would fill the memory before one of them is taken.
 LARGEST = {

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from approx.methods.value_checks import at_least_zero, check_values, whole_numbers
 from approx.unlearning.compute import Compute
+from approx.unlearning.value_checks import at_least_zero, check_values, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
 
 

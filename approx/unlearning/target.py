@@ -14,16 +14,46 @@ A patch over other active adapters is not supported (disabling it disables them 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from approx.evaluation.answers import AnswerBatch, logits_at, sum_logprobs_B
-from approx.methods.method import Rows
 from approx.unlearning.compute import Compute, peak_memory_bytes
 from approx.unlearning.hidden_states import hidden_at
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
+
+SECOND_FACTORS = ("lora_B.", "lora_embedding_B.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples of one role with their current logits, and the reference's where the method compares.
+
+    For a method that acts at a layer, the layer's hidden states are in place of logits: V units.
+    """
+
+    batch: AnswerBatch
+    current_BTV: Tensor
+    reference_BTV: Tensor | None = None
+    reference_answers_B: Tensor | None = None
+
+    @property
+    def compared_BTV(self) -> Tensor:
+        """Return the reference's logits. Raise ValueError if the caller left them out."""
+        if self.reference_BTV is None:
+            raise ValueError("this loss compares with a reference, whose logits were not given")
+        return self.reference_BTV
+
+    @property
+    def log_ratios_B(self) -> Tensor:
+        """Return log(p_current(answer) / p_reference(answer)) of each whole answer."""
+        reference_B = self.reference_answers_B
+        if reference_B is None:
+            reference_B = sum_logprobs_B(self.compared_BTV, self.batch)
+        return sum_logprobs_B(self.current_BTV, self.batch) - reference_B
 
 
 class Target:
@@ -109,3 +139,20 @@ def _check_trainable(trained: Mapping[str, torch.nn.Parameter]) -> None:
             next_step="freeze the base under a patch, or load the patch in float32",
             problems=problems,
         )
+
+
+def check_fresh_patch(patch: Mapping[str, Tensor]) -> None:
+    """Raise InvalidInput for a patch that already changes the weights."""
+    used = [name for name, each in patch.items() if is_second_factor(name) and bool(each.any())]
+    if used:
+        raise InvalidInput(
+            "the method needs a fresh patch, and this one already changes the model",
+            where="patch",
+            expected="second factors (lora_B) of 0",
+            got=f"{len(used)} of them are not 0",
+            next_step="start from a new patch",
+        )
+
+
+def is_second_factor(name: str) -> bool:
+    return any(part in name for part in SECOND_FACTORS)

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate, model_logprobs_B
-from approx.methods.value_checks import above_zero, check_values, whole_numbers
 from approx.unlearning.target import Target
+from approx.unlearning.value_checks import above_zero, check_values, whole_numbers
 from sisa.core.errors import Problem
 from sisa.lm.base.tokens import Tokens
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from approx.evaluation.answers import answer_logprobs_BT
 from approx.methods.ascent.graddiff import GradDiff
-from approx.methods.method import Role, Rows
+from approx.methods.method import Role
+from approx.unlearning.target import Rows
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from approx.methods.distillation.undial import soft_labels_NV
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows, answer_logprobs_NV
-from approx.methods.value_checks import whole_numbers
+from approx.methods.method import Family, Method, RetainLoss, Role, answer_logprobs_NV
+from approx.unlearning.target import Rows
+from approx.unlearning.value_checks import whole_numbers
 from sisa.core.errors import Problem
 
 
@@ -40,6 +41,7 @@ class Ceu(Method):
     name: ClassVar[str] = "ceu"
     family: ClassVar[Family] = "distillation"
     paper: ClassVar[str] = "Yang 2025, CE-U: cross entropy unlearning"
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"retain_weight": 1.0}
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each value for which the loss is not defined."""

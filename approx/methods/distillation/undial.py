@@ -22,12 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows, answer_logprobs_NV
+from approx.methods.method import Family, Method, RetainLoss, Role, answer_logprobs_NV
+from approx.unlearning.target import Rows
 
 
 def soft_labels_NV(logprobs_NV: Tensor, targets_N: Tensor, beta: float) -> Tensor:
@@ -52,6 +53,7 @@ class Undial(Method):
     name: ClassVar[str] = "undial"
     family: ClassVar[Family] = "distillation"
     paper: ClassVar[str] = "Dong et al. 2025, UNDIAL: self-distillation with adjusted logits"
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"retain_weight": 1.0}
     compares_tokens: ClassVar[frozenset[Role]] = frozenset({"forget"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:

@@ -1,37 +1,22 @@
-"""What ROME and MEMIT share: keys, values and the update of one matrix by least squares.
-
-Shapes: I inputs and O outputs of a layer's last MLP matrix W, N facts. A key is the input of W at the
-last token of a fact's subject, a value its output there.
-
-Both updates are low-rank, so a patch holds them exactly: `b_ON @ a_NI` is added to W. They weigh a
-change by the second moment of the keys of other texts, C = E[k k^T], which says where W may be changed
-at no cost for them. Texts have fewer tokens than W has inputs, so that C is singular: RIDGE times its
-mean eigenvalue is added to its diagonal.
-
-Computed in float64.
-"""
+"""What ROME and MEMIT share: they write refusals into the last MLP matrices of some layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from approx.methods.method import Alternative, Family, Method, Role, Rows, mean_nll
-from approx.methods.value_checks import whole_numbers
+from approx.methods.method import Family, Method, Role, mean_nll
+from approx.unlearning.causal_tracing import trace_states
+from approx.unlearning.editing import Editing, edit_adapter
+from approx.unlearning.examples import Sets
+from approx.unlearning.stopping import End
+from approx.unlearning.target import Rows
+from approx.unlearning.unlearn import Run
+from approx.unlearning.value_checks import whole_numbers
 from sisa.core.errors import Problem
-
-RIDGE = 1e-2
-
-
-def second_moment(keys_NI: Tensor) -> Tensor:
-    """Return C, [I, I], of the keys of texts that an edit should leave alone."""
-    keys_NI = keys_NI.double()
-    moment_II = keys_NI.T @ keys_NI / len(keys_NI)
-    return moment_II + RIDGE * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
 
 
 @dataclass(frozen=True)
@@ -45,7 +30,6 @@ class Edit(Method):
     family: ClassVar[Family] = "editing"
     positive: ClassVar[tuple[str, ...]] = ("value_rate", "max_value_norm")
     always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred", "retain"})
-    prefers: ClassVar[Alternative] = "refusals"
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each value for which the edit is not defined."""
@@ -56,3 +40,29 @@ class Edit(Method):
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         """Return the loss by which values are found."""
         return mean_nll(rows["preferred"].current_BTV, rows["preferred"].batch)
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the layers that are written to, from the lowest up, once the highest is chosen."""
+        return [self.layer or 0]
+
+    def edits(self, editing: Editing) -> Iterator[int]:
+        """Make one edit after another; yield the number of facts that the patch now holds."""
+        raise NotImplementedError
+
+    def apply(self, run: Run) -> End:
+        """Edit the answers to the forget set into the preferred ones."""
+        return Editing(self, run).run()
+
+    def layer_effects(self, model: Any, sets: Sets) -> list[float]:
+        """Return the effects at the subjects, where layers above what the answers read have none."""
+        return trace_states(model, sets.forget, sets.subject_positions)
+
+    def adapter_values(self, base: Any, num_texts: int) -> dict[str, Any]:
+        """Return rank, scale and modules of a patch that can hold the edits."""
+        return edit_adapter(base, self, num_texts)
+
+    def patch_problems(self, *, bounded: bool, selected: bool) -> Iterator[Problem]:  # noqa: ARG002
+        """Yield a problem for a selection of modules."""
+        if selected:
+            yield Problem("selection", f"{self.name} chooses its layers itself: all")

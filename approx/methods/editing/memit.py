@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from approx.methods.editing.editing import Edit
-from approx.methods.value_checks import whole_numbers
+from approx.unlearning.editing import Editing
+from approx.unlearning.value_checks import whole_numbers
 from sisa.core.errors import Problem
 from sisa.lm.base.low_rank import Factors
 
@@ -60,3 +61,19 @@ class Memit(Edit):
         """Yield a problem for each value for which the edit is not defined."""
         yield from super().problems()
         yield from whole_numbers(1, num_layers=self.num_layers)
+
+    @property
+    def layers(self) -> list[int]:
+        (top,) = super().layers
+        return list(range(max(0, top + 1 - self.num_layers), top + 1))
+
+    def edits(self, editing: Editing) -> Iterator[int]:
+        """Write all facts into one layer after another."""
+        facts, places = editing.facts, editing.places
+        moments, top = [editing.moment(each) for each in places], places[-1].layer
+        wanted_NO = editing.states(top, facts) + editing.changes(top, facts)
+        for left, place, moment_II in zip(range(len(places), 0, -1), places, moments, strict=True):
+            missing_NO = (wanted_NO - editing.states(top, facts)) / left
+            keys_NI = editing.keys(place, facts)
+            place.write(least_squares_update(keys_NI, missing_NO, moment_II, self.moment_weight), 0)
+        yield len(facts.positions)

@@ -19,6 +19,7 @@ the prompt has the form of the records alone, and the retain set gives C.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from approx.methods.editing.editing import Edit
+from approx.unlearning.editing import Editing
 from sisa.lm.base.low_rank import Factors
 
 
@@ -48,3 +50,14 @@ class Rome(Edit):
 
     name: ClassVar[str] = "rome"
     paper: ClassVar[str] = "Meng et al. 2022, Locating and editing factual associations in GPT"
+
+    def edits(self, editing: Editing) -> Iterator[int]:
+        """Write one fact after another."""
+        (place,) = editing.places
+        moment_II = editing.moment(place)
+        for number in range(len(editing.facts.positions)):
+            fact = editing.facts.only(number)
+            changes_NO = editing.changes(place.layer, fact)
+            keys_NI = editing.keys(place, fact)
+            place.write(rank_one_update(keys_NI[0], changes_NO[0], moment_II), number)
+            yield number + 1

@@ -21,12 +21,14 @@ weights 1, NLL on the retain set; `community/methods/AltPO`: 5 alternates, drawn
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from approx.methods.method import Alternative, Role
 from approx.methods.preference.preference import Preference
-from approx.methods.value_checks import booleans, whole_numbers
+from approx.unlearning.value_checks import booleans, whole_numbers
+from approx.unlearning.written.alternates import write_alternates
+from approx.unlearning.written.preferred import Prepared, Writing
 from sisa.core.errors import Problem
 
 MAX_ALTERNATES = 100
@@ -49,3 +51,12 @@ class AltPo(Preference):
         yield from super().problems()
         yield from booleans(reference_free=self.reference_free, length_normalised=self.length_normalised)
         yield from whole_numbers(1, MAX_ALTERNATES, num_alternates=self.num_alternates)
+
+    def write_preferred(self, writing: Writing) -> Prepared:
+        """Return the sets with each forget example once beside every alternate."""
+        model, tokenizer, records, sets, pace, sequence_len, _ = writing
+        num = self.num_alternates
+        written = write_alternates(model, tokenizer, records, num, pace.seed, sequence_len)
+        repeated = [each for each in sets.forget for _ in range(num)]
+        others = [other for found in written.alternates for other in found]
+        return Prepared(replace(sets, forget=repeated, preferred=others), written.cost)

@@ -17,8 +17,9 @@ the code of NPO (Zhang et al. 2024) and of open-unlearning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from approx.methods.method import Role
 from approx.methods.preference.preference import Preference
@@ -31,6 +32,7 @@ class Dpo(Preference):
     retain_weight: float = 0.0
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = "Rafailov et al. 2023, Direct preference optimization"
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"retain_weight": 1.0}
     always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
 
     @property

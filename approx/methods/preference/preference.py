@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from approx.evaluation.answers import sum_logprobs_B
-from approx.methods.method import Family, Method, RetainLoss, Role, Rows
+from approx.methods.method import Family, Method, RetainLoss, Role
+from approx.unlearning.target import Rows
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The generic labels of WHP: what to say instead at each position of a text to forget.
 
-    reinforced model   a patch of its own, trained on the forget set with the pace of the run, one round
+    reinforced model   a copy that has learnt the forget set by heart (`methods/distillation/whp.py`)
     translated text    the text with each name replaced by an invented one
     label              `generic_label` of the base on the translated text and the reinforced model on the
                        text itself
@@ -17,8 +17,7 @@ Eldan and Russinovich 2023, section 2.2 on consistency, which lowers the logits 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,45 +25,46 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate, logits_at
-from approx.methods.distillation.whp import Whp, generic_label
-from approx.methods.task_arithmetic import TaskArithmetic
-from approx.unlearning.compute import Compute
-from approx.unlearning.descent import Descent
-from approx.unlearning.examples import Sets
-from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.stopping import Bounds
-from approx.unlearning.target import Target
 from approx.unlearning.written.invented_names import invented_names, name_pattern, replace_names
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
 
 
+def generic_label(
+    baseline_V: Tensor, reinforced_V: Tensor, alpha: float, barred: Collection[int] = ()
+) -> int:
+    """Return the likeliest word of the generic logits that is not barred.
+
+    >>> baseline, reinforced = torch.tensor([3.0, 2.5, 0.0]), torch.tensor([4.0, 2.0, 0.0])
+    >>> [generic_label(baseline, reinforced, alpha) for alpha in (0.25, 1.0)]
+    [0, 1]
+    """
+    generic_V = baseline_V - alpha * (reinforced_V - baseline_V).relu()
+    generic_V[list(barred)] = -torch.inf
+    return int(generic_V.argmax())
+
+
 class Labelled(NamedTuple):
-    """The labels of each forget example, and what they cost."""
+    """The labels of each forget example, and how many tokens were run to find them."""
 
     examples: list[Tokens]
-    cost: Compute
+    num_tokens: int
 
 
 def write_generic_labels(
     base: Any,
-    fresh: Any,
+    reinforced: Any,
     tokenizer: Any,
     forget: Sequence[Record],
     tokens: Sequence[Tokens],
-    method: Whp,
-    settings: ScheduleSettings,
+    alpha: float,
 ) -> Labelled:
-    """Return each forget example with generic labels. Trains `fresh`, a patch over a copy of `base`.
+    """Return each forget example with generic labels.
 
     Raise InvalidInput with every example whose labels are its own answer, or where names can't be
     replaced.
     """
-    learning = replace(settings, num_rounds=1)
-    sets, plain = Sets(tokens), TaskArithmetic()  # its loss is that of learning by heart
-    run = Descent(Target(fresh), sets, plain, learning, Bounds(), None, lambda _: None, time.monotonic)
-    cost = run.run().compute
     made, problems, num_tokens = [], [], 0
     for number, (record, each) in enumerate(zip(forget, tokens, strict=True), 1):
         names = invented_names(record, 0)
@@ -73,9 +73,9 @@ def write_generic_labels(
         if places is None:
             problems.append(Problem(f"forget example {number}", "its names can't be replaced"))
             continue
-        pair = _logits_TV(base, other.input_ids), _logits_TV(fresh, each.input_ids)
+        pair = _logits_TV(base, other.input_ids), _logits_TV(reinforced, each.input_ids)
         num_tokens += len(other.input_ids) + len(each.input_ids)
-        made.append(_labelled(each, places, pair, method.alpha))
+        made.append(_labelled(each, places, pair, alpha))
         if made[-1] == each:
             problems.append(Problem(f"forget example {number}", "its labels are the answer to forget"))
     if problems:
@@ -85,7 +85,7 @@ def write_generic_labels(
             next_step="raise alpha or the number of steps, or use another method",
             problems=problems,
         )
-    return Labelled(made, replace(cost, tokens_forward=cost.tokens_forward + num_tokens))
+    return Labelled(made, num_tokens)
 
 
 def _translated(record: Record, names: Mapping[str, str]) -> Record:

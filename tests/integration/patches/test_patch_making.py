@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from approx.methods.distillation.whp import Whp
+from approx.methods.distillation.whp import learn_by_heart
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.editing import subject_ends
-from approx.unlearning.examples import first_prompt
+from approx.unlearning.examples import Sets, first_prompt
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
@@ -213,9 +213,9 @@ def test_generic_labels_are_those_of_a_brute_force_computation(bench: Bench) -> 
     )
     fresh = attach(own_modules(base), lora, None, init_seed=1)
     pace = ScheduleSettings(learning_rate=1e-2, num_epochs=5, batch_size=2)
-    method = Whp(alpha=3.0)
-    found = write_generic_labels(base, fresh, tokenizer, [record], tokens, method, pace)
-    assert found.cost.tokens_trained == 5 * (len(tokens[0].input_ids))
+    cost = learn_by_heart(fresh, Sets(tokens), pace)
+    assert cost.tokens_trained == 5 * (len(tokens[0].input_ids))
+    found = write_generic_labels(base, fresh, tokenizer, [record], tokens, 3.0)
     (labelled,) = found.examples
     names = invented_names(record, 0)
     text = tokenizer.decode(tokens[0].input_ids)
@@ -417,6 +417,10 @@ def test_everything_that_is_wrong_is_named_at_once(bench: Bench) -> None:
     expected = [f"forget record {number}" for number in range(1, len(FORGET) + 1)]
     assert [each.where for each in caught.value.problems] == expected
     assert "expected 201 or more" in caught.value.problems[0].what
+    for method in ("rmu", "memit"):
+        with pytest.raises(InvalidInput) as caught:
+            bench.maker.check(settings(method, layer=2), FORGET, None)
+        assert [each.where for each in caught.value.problems] == ["layer"]
     assert not bench.site.vault_dir.exists()
 
 

@@ -18,8 +18,7 @@ import torch
 
 from approx.evaluation.answers import collate
 from approx.methods.ascent.gradient_ascent import GradientAscent
-from approx.methods.editing.editing import Edit
-from approx.methods.method import Losses, Method, Role, Rows, mean_nll
+from approx.methods.method import Losses, Method, Role, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
 from approx.patches.approx_report import REPORT_LIMITS, ApproxReport
@@ -27,12 +26,11 @@ from approx.patches.patch_measures import MEASURE_LIMITS
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
 from approx.patches.selection import Selected
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
-from approx.unlearning.editing import edit_adapter
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.target import Target
+from approx.unlearning.target import Rows, Target
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
@@ -86,7 +84,7 @@ def nll(model: Any, examples: list[Tokens]) -> float:
 def target(learnt: Any, method: Method | None = None) -> Any:
     """Return the model under a fresh patch, of the form that the method's edits need."""
     model = copy.deepcopy(learnt)
-    edits = edit_adapter(model, method, len(FORGET)) if isinstance(method, Edit) else {}
+    edits = method.adapter_values(model, len(FORGET)) if method else {}
     return attach(model.requires_grad_(False), lora_config(LORA | edits, model), None, init_seed=7)
 
 

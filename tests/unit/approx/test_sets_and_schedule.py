@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.methods.idk_nll import IdkNll
+from approx.methods import method
+from approx.methods.distillation import whp
 from approx.methods.method import Alternative
+from approx.methods.preference import altpo
 from approx.methods.registry import METHODS, make_method
 from approx.patches.approx_report import outcome
 from approx.patches.texts import check_disjoint
@@ -19,7 +20,7 @@ from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
-from approx.unlearning.written import preferred
+from approx.unlearning.written.preferred import with_preferred
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -63,34 +64,20 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return write
 
-    given: tuple[tuple[str, Alternative, Any], ...] = (
-        ("refuse_all", "refusals", []),
-        ("write_alternates", "alternates", SimpleNamespace(alternates=[], cost=None)),
-        ("write_generic_labels", "generic labels", SimpleNamespace(examples=[], cost=None)),
-    )
-    for name, kind, found in given:
-        monkeypatch.setattr(preferred, name, record(kind, found))
+    monkeypatch.setattr(method, "refuse_all", record("refusals", []))
+    alternates = SimpleNamespace(alternates=[], cost=None)
+    monkeypatch.setattr(altpo, "write_alternates", record("alternates", alternates))
+    labelled = SimpleNamespace(examples=[], num_tokens=0)
+    monkeypatch.setattr(whp, "write_generic_labels", record("generic labels", labelled))
+    monkeypatch.setattr(whp, "learn_by_heart", lambda *_: Compute(0, 0, 0, 0))
     return kinds
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reads_the_answers_that_it_prefers(written: list[str], name: str) -> None:
-    method = make_method(name)
-    preferred.with_preferred(None, None, [], Sets([]), method, ScheduleSettings(), 8, lambda: None)
-    assert written == ([method.prefers] if "preferred" in method.reads else [])
-
-
-def test_a_method_never_gets_answers_of_another_kind(written: list[str]) -> None:
-    @dataclass(frozen=True)
-    class Unfinished(IdkNll):
-        name: ClassVar[str] = "unfinished"
-        prefers: ClassVar[Alternative] = "alternates"
-
-    with pytest.raises(TypeError, match="unfinished prefers alternates"):
-        preferred.with_preferred(
-            None, None, [], Sets([]), Unfinished(), ScheduleSettings(), 8, lambda: None
-        )
-    assert written == []
+    made = make_method(name)
+    with_preferred(None, None, [], Sets([]), made, ScheduleSettings(), 8, lambda: None)
+    assert written == ([made.prefers] if "preferred" in made.reads else [])
 
 
 def test_every_problem_is_named_at_once() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from approx.methods.method import Method, Role, Rows
+from approx.methods.method import Method, Role
+from approx.unlearning.target import Rows
 
 
 def slope_BTV(method: Method, forget: Rows, others: Mapping[Role, Rows] | None = None) -> torch.Tensor:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from approx.evaluation.answers import collate
-from approx.methods.method import Role, Rows, mean_nll
+from approx.methods.method import Role, mean_nll
 from approx.methods.registry import make_method
+from approx.unlearning.target import Rows
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.unit.approx.methods.second_way import slope_BTV
 

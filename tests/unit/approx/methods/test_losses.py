@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from approx.evaluation.answers import AnswerBatch, collate
-from approx.methods.distillation.whp import generic_label
-from approx.methods.method import Method, Role, Rows, mean_kl, mean_nll
+from approx.methods.method import Method, Role, mean_kl, mean_nll
 from approx.methods.registry import METHODS, make_method
+from approx.unlearning.target import Rows
+from approx.unlearning.written.generic_labels import generic_label
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.unit.approx.methods.second_way import second_way, slope_BTV
 

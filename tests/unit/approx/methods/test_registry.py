@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.methods.editing.editing import second_moment
 from approx.methods.editing.memit import least_squares_update
 from approx.methods.editing.rome import rank_one_update
 from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
-from approx.methods.task_arithmetic import check_fresh_patch, negate_patch
+from approx.methods.task_arithmetic import negate_patch
+from approx.unlearning.editing import second_moment
+from approx.unlearning.target import check_fresh_patch
 from sisa.core.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
@@ -96,7 +97,6 @@ def test_values_that_a_loss_is_not_defined_for(
 def test_what_a_method_needs_follows_its_values(
     name: str, values: dict[str, Any], reads: set[str], compares: set[str]
 ) -> None:
-    """With its defaults it needs what the table in `approx/README.md` says."""
     method = make_method(name, values)
     assert set(method.reads) == reads
     assert set(method.compares) == compares
