@@ -31,7 +31,7 @@ from torch import Tensor
 
 from approx.methods.method import Family, Method, Role, answer_values_NV
 from approx.unlearning.target import Rows
-from approx.unlearning.value_checks import booleans, whole_numbers
+from approx.unlearning.value_checks import booleans, given, whole_numbers
 from sisa.core.errors import Problem
 
 
@@ -56,7 +56,7 @@ class Rmu(Method):
         yield from super().problems()
         yield from booleans(adaptive=self.adaptive)
         yield from whole_numbers(control_seed=self.control_seed)
-        yield from whole_numbers(0, **({} if self.layer is None else {"layer": self.layer}))
+        yield from whole_numbers(0, **given(layer=self.layer))
 
     def controls_ND(self, before_ND: Tensor) -> Tensor:
         """Return c for each answer token, given the reference's states."""

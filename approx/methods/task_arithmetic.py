@@ -31,7 +31,7 @@ from approx.unlearning.descent import Descent
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
 from approx.unlearning.target import Rows, check_fresh_patch, is_second_factor
 from approx.unlearning.unlearn import Run
-from approx.unlearning.value_checks import above_zero, at_least_zero
+from approx.unlearning.value_checks import above_zero, at_least_zero, given
 from sisa.core.errors import Problem
 
 GRID = (
@@ -53,7 +53,7 @@ class TaskArithmetic(Method):
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each scale that is not a number above 0."""
-        yield from at_least_zero(**({} if self.alpha is None else {"alpha": self.alpha}))
+        yield from at_least_zero(**given(alpha=self.alpha))
         if not self.alphas:
             yield Problem("alphas", "none given")
         yield from above_zero(**{f"alphas[{number}]": each for number, each in enumerate(self.alphas)})

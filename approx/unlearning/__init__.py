@@ -1,1 +1,1 @@
-"""Run a method of unlearning: examples, schedule, the loop, edits, bounds and cost."""
+"""What methods run with: examples, schedule, the loop, edits, bounds and cost."""

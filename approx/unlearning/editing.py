@@ -94,7 +94,7 @@ def subject_ends(forget: Sequence[Record], tokens: Sequence[Tokens], tokenizer: 
     return found
 
 
-class Place(NamedTuple):
+class EditedMatrix(NamedTuple):
     """A matrix with its layer, the factors of its patch, and their scale."""
 
     layer: Any
@@ -114,7 +114,7 @@ class Place(NamedTuple):
 class Editing:
     """One run of edits over one target, by a method that names its layer.
 
-    `places` are the matrices that are written to, from the lowest layer up.
+    `matrices` are those that are written to, from the lowest layer up.
     """
 
     def __init__(self, method: Edit, run: Run) -> None:
@@ -122,7 +122,7 @@ class Editing:
         self.method, self._run, self._model = method, run, run.target.model
         check_fresh_patch(run.target.trained)
         layers, num = decoder_layers(self._model), len(run.sets.forget)
-        self.places = [_place(run.target, layers[n], n, num) for n in method.layers]
+        self.matrices = [_edited_matrix(run.target, layers[n], n, num) for n in method.layers]
         self.facts = Facts(run.sets.preferred, run.sets.subject_positions)
         self._tokens_trained, self._tokens_forward, self._loss = 0, 0, 0.0
 
@@ -157,18 +157,18 @@ class Editing:
         end = End(ending, why, kept, num, before, utility, compute)
         return replace(end, knowledge_before=knew, knowledge=knows)
 
-    def moment(self, place: Place) -> Tensor:
+    def moment(self, edited: EditedMatrix) -> Tensor:
         """Return the second moment of a matrix' keys over texts of the retain set."""
         retain, found = self._run.sets.retain[:MAX_TEXTS], []
         for start in range(0, len(retain), ROWS):
             rows = retain[start : start + ROWS]
-            keys_BTI = self._seen(place.matrix, collate(rows)).given
+            keys_BTI = self._seen(edited.matrix, collate(rows)).given
             found += [keys_TI[: len(row.input_ids)] for keys_TI, row in zip(keys_BTI, rows, strict=True)]
         return second_moment(torch.cat(found))
 
-    def keys(self, place: Place, facts: Facts) -> Tensor:
+    def keys(self, edited: EditedMatrix, facts: Facts) -> Tensor:
         """Return the keys of facts as the model is now."""
-        return facts.at(self._seen(place.matrix, facts.batch).given)
+        return facts.at(self._seen(edited.matrix, facts.batch).given)
 
     def states(self, layer: Any, facts: Facts) -> Tensor:
         """Return the states that a layer leaves at the facts' keys."""
@@ -229,7 +229,7 @@ class Facts(NamedTuple):
         return values_BTD[torch.arange(len(self.positions)), torch.tensor(self.positions)]
 
 
-def _place(target: Target, layer: Any, number: int, num_facts: int) -> Place:
+def _edited_matrix(target: Target, layer: Any, number: int, num_facts: int) -> EditedMatrix:
     base = plain_model(target.model)
     name = output_matrix(base, number)
     a_RI, b_DR = (target.trained.get(f"{PREFIX}{name}.lora_{x}.{DEFAULT_NAME}.weight") for x in "AB")
@@ -242,4 +242,4 @@ def _place(target: Target, layer: Any, number: int, num_facts: int) -> Place:
             next_step="attach an adapter with the values of `edit_adapter`",
         )
     matrix = base.get_submodule(name)
-    return Place(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])
+    return EditedMatrix(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from approx.unlearning.compute import Compute
-from approx.unlearning.value_checks import at_least_zero, check_values, whole_numbers
+from approx.unlearning.value_checks import at_least_zero, check_values, given, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
 
 
@@ -53,16 +53,14 @@ class BoundSettings:
     check_every: int = 10
 
     def __post_init__(self) -> None:
-        drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
-        check_values(
-            "the bounds",
-            at_least_zero(target_probability=self.target_probability, **drop),
-            whole_numbers(1, check_every=self.check_every),
-            self._more_problems(),
-        )
+        check_values("the bounds", self.problems())
 
-    def _more_problems(self) -> Iterator[Problem]:
-        yield from ()
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for each value that is no bound."""
+        yield from at_least_zero(
+            target_probability=self.target_probability, **given(max_utility_drop=self.max_utility_drop)
+        )
+        yield from whole_numbers(1, check_every=self.check_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +80,10 @@ class Bounds(BoundSettings):
     utility: Callable[[Any], float] | None = None
     knowledge: Callable[[Any, bool], Knowledge] | None = None  # of a model, and whether to be thorough
 
-    def _more_problems(self) -> Iterator[Problem]:
-        if self.max_seconds is not None:
-            yield from at_least_zero(max_seconds=self.max_seconds)
+    def problems(self) -> Iterator[Problem]:
+        """Yield a problem for each value that is no bound, or can't be measured."""
+        yield from super().problems()
+        yield from at_least_zero(**given(max_seconds=self.max_seconds))
         if self.max_utility_drop is not None and self.utility is None:
             yield Problem("max_utility_drop", "given without a measure of utility")
 

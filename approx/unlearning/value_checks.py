@@ -14,6 +14,11 @@ from typing import Any
 from sisa.core.errors import InvalidInput, Problem
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None, of settings that may be left out."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

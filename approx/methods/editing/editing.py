@@ -15,7 +15,7 @@ from approx.unlearning.examples import Sets
 from approx.unlearning.stopping import End
 from approx.unlearning.target import Rows
 from approx.unlearning.unlearn import Run
-from approx.unlearning.value_checks import whole_numbers
+from approx.unlearning.value_checks import given, whole_numbers
 from sisa.core.errors import Problem
 
 
@@ -35,7 +35,7 @@ class Edit(Method):
         """Yield a problem for each value for which the edit is not defined."""
         yield from super().problems()
         yield from whole_numbers(1, value_steps=self.value_steps)
-        yield from whole_numbers(0, **({} if self.layer is None else {"layer": self.layer}))
+        yield from whole_numbers(0, **given(layer=self.layer))
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         """Return the loss by which values are found."""

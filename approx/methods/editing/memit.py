@@ -69,11 +69,11 @@ class Memit(Edit):
 
     def edits(self, editing: Editing) -> Iterator[int]:
         """Write all facts into one layer after another."""
-        facts, places = editing.facts, editing.places
-        moments, top = [editing.moment(each) for each in places], places[-1].layer
+        facts, matrices = editing.facts, editing.matrices
+        moments, top = [editing.moment(each) for each in matrices], matrices[-1].layer
         wanted_NO = editing.states(top, facts) + editing.changes(top, facts)
-        for left, place, moment_II in zip(range(len(places), 0, -1), places, moments, strict=True):
+        for left, edited, moment_II in zip(range(len(matrices), 0, -1), matrices, moments, strict=True):
             missing_NO = (wanted_NO - editing.states(top, facts)) / left
-            keys_NI = editing.keys(place, facts)
-            place.write(least_squares_update(keys_NI, missing_NO, moment_II, self.moment_weight), 0)
+            keys_NI = editing.keys(edited, facts)
+            edited.write(least_squares_update(keys_NI, missing_NO, moment_II, self.moment_weight), 0)
         yield len(facts.positions)

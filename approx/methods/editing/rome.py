@@ -53,11 +53,11 @@ class Rome(Edit):
 
     def edits(self, editing: Editing) -> Iterator[int]:
         """Write one fact after another."""
-        (place,) = editing.places
-        moment_II = editing.moment(place)
+        (edited,) = editing.matrices
+        moment_II = editing.moment(edited)
         for number in range(len(editing.facts.positions)):
             fact = editing.facts.only(number)
-            changes_NO = editing.changes(place.layer, fact)
-            keys_NI = editing.keys(place, fact)
-            place.write(rank_one_update(keys_NI[0], changes_NO[0], moment_II), number)
+            changes_NO = editing.changes(edited.layer, fact)
+            keys_NI = editing.keys(edited, fact)
+            edited.write(rank_one_update(keys_NI[0], changes_NO[0], moment_II), number)
             yield number + 1

@@ -373,29 +373,6 @@ def test_another_run_does_not_go_on_from_this_one(learnt: Any, tmp_path: Path) -
     assert len(list((tmp_path / "run").iterdir())) == 3, "files of others are left alone"
 
 
-def test_out_of_time_keeps_what_was_done_and_goes_on(learnt: Any, tmp_path: Path) -> None:
-    saved = saved_at(tmp_path / "run")
-    whole, _ = run(learnt, "npo")
-    ends = []
-    for _ in range(STEPS):
-        seconds = iter(range(1000))
-        model = target(learnt)
-        bounds = Bounds(max_seconds=5, check_every=100)
-        ends.append(
-            unlearn(
-                *(model, SETS, make_method("npo"), settings(), bounds),
-                saved=saved,
-                clock=lambda seconds=seconds: next(seconds),  # type: ignore[misc]
-            )
-        )
-        if ends[-1].ending == Ending.FINISHED:
-            break
-    assert len(ends) > 2
-    assert all(end.ending == Ending.OUT_OF_TIME for end in ends[:-1])
-    assert [end.step for end in ends] == sorted({end.step for end in ends})
-    assert same(weights(model), weights(whole))
-
-
 @dataclasses.dataclass(frozen=True)
 class Poisoned(GradientAscent):
     """Ascent whose loss or gradient becomes NaN from some call on."""
