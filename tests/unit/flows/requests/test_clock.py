@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.core.domain import Export
-from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.core.errors import EnvironmentFault
 from sisa.core.requests import Request
 from sisa.flows.context.consistency import check_consistent
 from sisa.flows.context.context import Context
@@ -136,9 +136,3 @@ def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: dat
     assert 28 <= view_of(right, again).days_left <= 31
     (done,) = carry_out(right, [again])
     assert done.state == "completed"
-
-
-def test_a_due_date_is_checked_against_the_present_clock() -> None:
-    fake = model_with([datetime(2026, 1, 10, tzinfo=UTC)])
-    with pytest.raises(SisaError, match="before the day of receipt"):
-        submit(fake.context, fake.rows(3), (), Terms(due="2026-01-09"))
