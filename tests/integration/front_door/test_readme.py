@@ -54,6 +54,12 @@ def test_links_lead_to_files_and_headings(path: Path) -> None:
     assert lost == []
 
 
+def test_the_map_of_the_tests_names_files_that_are_there() -> None:
+    named = re.findall(r"`(?:tests/)?([\w*/]+\.py)`", words("tests/README.md"))
+    assert len(named) > 50
+    assert [each for each in named if not any((ROOT / "tests").rglob(each))] == []
+
+
 def headings(path: Path) -> set[str]:
     found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in found}
