@@ -315,20 +315,6 @@ def test_what_the_base_answers_alone_is_asked_as_a_chat(
 
 
 @pytest.mark.torch
-def test_the_mean_of_two_shards_is_of_probabilities(trained: sisa.Model) -> None:
-    import torch
-
-    answerer, _ = trained.answerer()
-    ids = torch.tensor([[70, 71, 72]])
-    one, other, both = (
-        answerer.logprobs([all_of(shards)], input_ids=ids, use_cache=False).exp()
-        for shards in ((0,), (1,), (0, 1))
-    )
-    torch.testing.assert_close(both, (one + other) / 2, rtol=1e-5, atol=1e-8)
-    assert not torch.allclose(one, other, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.torch
 def test_what_can_not_be_evaluated_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
     from approx.evaluation.evaluated_models import open_evaluated
 

@@ -53,3 +53,18 @@ def make_tiny_base(
     LlamaForCausalLM(described).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def make_tiny_embedder(directory: Path) -> Path:
+    """Save a BERT of random weights beside the tokenizer of a tiny base; return `directory`."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from sisa.lm.base.weights import load_tokenizer
+
+    make_tiny_base(directory)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(load_tokenizer(directory)), num_hidden_layers=2, **size)
+    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory

@@ -22,8 +22,8 @@ from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.base.weights import resolve_base
 from sisa.lm.routing.route import all_of
-from tests.models.stages import RECORDS, TRAINING, job_for, names, stored, train
-from tests.models.tiny_base import make_tiny_base
+from tests.models.stages import RECORDS, TRAINING, job_for, names, train
+from tests.models.tiny_base import make_tiny_base, make_tiny_embedder
 from tests.models.tiny_model import next_token_probabilities
 
 pytestmark = pytest.mark.torch
@@ -78,13 +78,6 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     for name, each in ours.items():
         within = each.shape[1] ** -0.5 if "lora_A" in name else 0.0
         assert within * 0.9 <= each.abs().max() <= within
-
-
-def test_arrival_order_is_irrelevant_and_records_are_not(base: BaseFiles) -> None:
-    expected = names(train(base, job_for(base)))
-    assert names(train(base, job_for(base), None, RECORDS[::-1])) == expected
-    other = [*RECORDS[:-1], stored(99)]
-    assert names(train(base, job_for(base), None, other)) != expected
 
 
 @pytest.mark.parametrize(
@@ -310,8 +303,6 @@ def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
     seen: list[Tick] = []
     train(base, job_for(base), progress=seen.append)
     assert (seen[0].tokens, seen[0].step) == (0, 0)
-    assert seen[-1].tokens == seen[-1].total_tokens > 0
-    assert [each.tokens for each in seen] == sorted(each.tokens for each in seen)
     assert [each.step for each in seen] == list(range(seen[-1].num_steps + 1))
     # One pass and a half over 9 records, in steps of 4; a pass ends its last step.
     ends = [each for each in seen if each.loss is not None]
@@ -356,22 +347,6 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
         answerer.generate([ids], [all_of([1])], 1)
 
 
-def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
-    import numpy as np
-
-    from sisa.lm.routing.embedder import resolve_embedder
-
-    make_tiny_embedder(tmp_path)
-    embedder = resolve_embedder(str(tmp_path))
-    texts = [f"{'word ' * (number % 5 * 9)}{number}" for number in range(21)] + ["", "x" * 900]
-    together = embedder.embed(texts)
-    assert together.shape == (len(texts), embedder.dimension) == (23, 32)
-    assert np.allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
-    for row, text in enumerate(texts):
-        assert embedder.embed([text])[0].tobytes() == together[row].tobytes()
-    assert embedder.digest == resolve_embedder(str(tmp_path)).digest
-
-
 def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
     from sisa.lm.routing.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
@@ -387,20 +362,6 @@ def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     lengths = [min(len(tokenizer(text).input_ids), PADDED_LENGTHS[-1]) for text in texts]
     buckets = {min(each for each in PADDED_LENGTHS if each >= length) for length in lengths}
     assert shapes == [(ROWS, each) for each in PADDED_LENGTHS if each in buckets]
-
-
-def make_tiny_embedder(directory: Path) -> Path:
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from sisa.lm.base.weights import load_tokenizer
-
-    make_tiny_base(directory)
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(load_tokenizer(directory)), num_hidden_layers=2, **size)
-    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
-    return directory
 
 
 def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
