@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import BaseFiles, Chain, Part, Record
+from sisa.core.events import silent
 from sisa.core.ports import StoredRecord
 from sisa.flows.chains import SerialExecutor, Site
 from sisa.lm.base.weights import base_digest
@@ -14,7 +15,7 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.fakes.keyring import PLAIN
-from tests.models.scripted import bytes_of, chain_over, ignore
+from tests.models.scripted import bytes_of, chain_over
 from tests.models.stages import TRAINING
 from tests.models.tiny_base import make_tiny_base
 
@@ -48,5 +49,5 @@ def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     target = site.base.directory.with_name("serial")
     trainer = LoraTrainer(site.base, site.threads)
     stores = FileRecords(site.records_at, PLAIN), FileCheckpoints(target, PLAIN)
-    SerialExecutor(trainer, *stores).run(chains, ignore)
+    SerialExecutor(trainer, *stores).run(chains, silent)
     return bytes_of(target)

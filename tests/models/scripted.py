@@ -19,7 +19,7 @@ from cluster.ray.shared_base import BaseManifest, holds_base
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import BaseFiles, Chain, Part, Precision, Record, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
-from sisa.core.events import Event
+from sisa.core.events import silent
 from sisa.core.ports import BlobStore, CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
 from sisa.flows.chains import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
@@ -154,13 +154,9 @@ def bytes_of(place: BlobStore | Path) -> dict[str, bytes]:
 
 def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     scratch = replace(site, checkpoints_at=LocalBlobs(folder_of(site) / "serial"))
-    SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
+    SerialExecutor(*open_scripted(scratch)).run(chains, silent)
     (script_of(site) / "trained.log").unlink()
     return bytes_of(scratch.checkpoints_at)
-
-
-def ignore(_: Event) -> None:
-    """Ignore an event."""
 
 
 def trained_places(site: Site) -> list[str]:

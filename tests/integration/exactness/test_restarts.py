@@ -20,6 +20,7 @@ import pytest
 from cluster.ray import nodes
 from cluster.ray.executor import RayExecutor
 from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.core.events import silent
 from sisa.flows.chains import Site
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from tests.models.programs.clusters import add_node, own_cluster
@@ -27,7 +28,6 @@ from tests.models.scripted import (
     begun,
     bytes_of,
     folder_of,
-    ignore,
     make_chains,
     make_site,
     open_scripted,
@@ -66,7 +66,7 @@ def drive(folder: Path, address: str) -> int:
     site = make_site(folder)
     chains = make_chains(site)
     try:
-        RayExecutor(site, address, None, 3, open_scripted, prove=scripted_proof).run(chains, ignore)
+        RayExecutor(site, address, None, 3, open_scripted, prove=scripted_proof).run(chains, silent)
     except SisaError as error:
         print(error)
         return error.exit_code

@@ -78,7 +78,7 @@ def test_the_ray_of_a_command_that_was_killed_ends(scratch: Path, tmp_path: Path
     program = (
         "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
         "site = t.make_site(Path(sys.argv[1]));"
-        "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
+        "t.executor(site, 1).run(t.make_chains(site), t.silent)"
     )
     with start(scratch, "-c", program, str(tmp_path)) as command:
         wait_for(lambda: begun(site), 120)

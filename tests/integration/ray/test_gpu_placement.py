@@ -21,7 +21,7 @@ from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
 from sisa.core.domain import BaseFiles, Precision
 from sisa.core.errors import EnvironmentFault
-from sisa.core.events import Event, Report
+from sisa.core.events import Report, silent
 from sisa.flows.chains import Site
 from sisa.lm.base import cuda_device
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -44,13 +44,9 @@ def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
     return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(cuda_device.WORKSPACE)
 
 
-def ignore(_: Event) -> None:
-    """Ignore an event."""
-
-
 def run(tasks: list[Path], placement: Placement) -> list[Any]:
     session = connect(None, 2)
-    return run_tasks(tasks, seen, ignore, session=session, placement=placement, label=str)
+    return run_tasks(tasks, seen, silent, session=session, placement=placement, label=str)
 
 
 def test_two_tasks_share_a_gpu_and_have_the_workspace(tmp_path: Path) -> None:
@@ -82,7 +78,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ray_executor, "order_chains", lambda _: [])
     anything: Any = [SimpleNamespace(jobs=())]
     for options in ({}, {"num_gpus": 0.25}, {"num_gpus": 2}):
-        open_executor(site, options).run(anything, ignore)
-    open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
+        open_executor(site, options).run(anything, silent)
+    open_executor(replace(site, precision=Precision()), {}).run(anything, silent)
     assert [each.num_gpus for each in asked] == [1, 0.25, 2, 0]
     assert [cuda_device.WORKSPACE in each.environment for each in asked] == [True, True, True, False]

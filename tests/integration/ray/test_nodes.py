@@ -19,7 +19,7 @@ from cluster.ray.executor import RayExecutor
 from cluster.ray.proofs import Proof
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault
-from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.core.events import Event, Notice, SliceProgress, SliceTrained, silent
 from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -29,7 +29,6 @@ from tests.models.scripted import (
     begun,
     bytes_of,
     folder_of,
-    ignore,
     make_chains,
     make_site,
     open_scripted,
@@ -222,7 +221,7 @@ def test_the_drivers_node_is_the_reference_only_under_the_drivers_numerics(
     there.only("a")
     refused = RayExecutor(site, there.address, None, 3, open_scripted, prove=proof_of_another_driver)
     with pytest.raises(EnvironmentFault, match="on the driver's node would train other bits") as caught:
-        refused.run(chains, ignore)
+        refused.run(chains, silent)
     assert f"f3, not {HERE[:12]}" in caught.value.got
     assert begun(site) == []
 
@@ -231,10 +230,10 @@ def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain],
     with (site.base.directory / "model.safetensors").open("wb") as file:
         file.truncate(100 * MIB)
     there.only("a")
-    executor(site, there).run(chains[:1], ignore)  # sees the base under the driver's path
+    executor(site, there).run(chains[:1], silent)  # sees the base under the driver's path
     with pytest.raises(EnvironmentFault, match="too small") as caught:
         RayExecutor(site, there.address, None, 3, open_scripted, prove=without_base).run(
-            chains[1:], ignore
+            chains[1:], silent
         )
     assert str(80 * MIB) in caught.value.got
     assert str(100 * MIB) in caught.value.expected

@@ -26,7 +26,7 @@ from cluster.ray.session import Listener, Mailbox
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import BaseFiles, Chain
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
-from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
+from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained, silent
 from sisa.flows.chains import Site
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
@@ -39,7 +39,6 @@ from tests.models.scripted import (
     SECRET_TEXT,
     begun,
     bytes_of,
-    ignore,
     make_chain,
     make_chains,
     make_site,
@@ -79,7 +78,7 @@ def test_same_bytes_as_serial(site: Site, chains: list[Chain], num_workers: int)
 
 
 def test_one_worker_trains_the_longest_chain_first(site: Site, chains: list[Chain]) -> None:
-    executor(site, num_workers=1).run(chains, ignore)
+    executor(site, num_workers=1).run(chains, silent)
     assert [place[0] for place in trained_places(site)] == ["2"] * 3 + ["1"] * 3 + ["0"] * 3
 
 
@@ -100,11 +99,11 @@ def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) 
     (site.base.directory / "kill-1.1").touch()
     (site.base.directory / "kill-always").touch()
     with pytest.raises(EnvironmentFault) as caught:
-        executor(site, max_retries=1).run(chains, ignore)
+        executor(site, max_retries=1).run(chains, silent)
     assert caught.value.where == "shard 1"
     assert trained_places(site).count("1.1") == 2
     (site.base.directory / "kill-1.1").unlink()
-    executor(site).run(chains, ignore)
+    executor(site).run(chains, silent)
     assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
@@ -131,7 +130,7 @@ def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
 def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> None:
     (site.base.directory / "fail-0.1").touch()
     with pytest.raises(IntegrityError) as caught:
-        executor(site).run(chains, ignore)
+        executor(site).run(chains, silent)
     assert type(caught.value) is IntegrityError
     assert (caught.value.where, caught.value.next_step) == ("0.1", "run verify")
 
@@ -139,7 +138,7 @@ def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> Non
 def test_another_error_arrives_without_its_message(site: Site, chains: list[Chain]) -> None:
     (site.base.directory / "break-0.1").touch()
     with pytest.raises(SisaError) as caught:
-        executor(site).run(chains, ignore)
+        executor(site).run(chains, silent)
     assert caught.value.exit_code == 1
     assert "ValueError" in caught.value.what
     assert "in _suffer" in caught.value.where
@@ -149,7 +148,7 @@ def test_another_error_arrives_without_its_message(site: Site, chains: list[Chai
 def test_a_full_disk_is_the_environments_fault(site: Site, chains: list[Chain]) -> None:
     (site.base.directory / "full-0.0").touch()
     with pytest.raises(EnvironmentFault) as caught:
-        executor(site).run(chains, ignore)
+        executor(site).run(chains, silent)
     assert caught.value.got == "No space left on device"
 
 
@@ -223,10 +222,10 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
 
 
 def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
-    executor(site, num_workers=1).run(chains[:1], ignore)
+    executor(site, num_workers=1).run(chains[:1], silent)
     session = present_session()
     time.sleep(1.5)  # Ray reaps idle workers after a second when it has too many
-    executor(site, num_workers=1).run(chains[1:], ignore)
+    executor(site, num_workers=1).run(chains[1:], silent)
     assert present_session() is session
     assert len({pid for _, pid, _ in begun(site)}) == 1
 
@@ -235,7 +234,7 @@ def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
 def test_no_text_in_rays_directory_and_no_directory_at_the_end(site: Site, chains: list[Chain]) -> None:
     (site.base.directory / "break-0.2").touch()
     with pytest.raises(SisaError):
-        executor(site).run(chains, ignore)
+        executor(site).run(chains, silent)
     session = present_session()
     assert session is not None
     assert session.private_dir is not None
@@ -260,14 +259,14 @@ def test_no_node_of_other_numerics_or_too_few_cpus_trains(
         other = replace(site, environment=(("ATEN_CPU_CAPABILITY", "default"),))
         for at, given in ((site, "MKL_CBWR=COMPATIBLE"), (other, "ATEN_CPU_CAPABILITY=default, MKL_")):
             with pytest.raises(EnvironmentFault, match="would train other bits") as caught:
-                executor(at).run(chains, ignore)
+                executor(at).run(chains, silent)
             assert caught.value.expected == f"fingerprint {fingerprint(1)}"
             assert f"with {given}" in caught.value.got
         assert begun(site) == []
         monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # what the driver has, jobs are made under
-        executor(site).run(make_chains(site), ignore)
+        executor(site).run(make_chains(site), silent)
         with pytest.raises(EnvironmentFault) as caught:
-            executor(replace(site, threads=2)).run(make_chains(site), ignore)
+            executor(replace(site, threads=2)).run(make_chains(site), silent)
         assert caught.value.expected.startswith("2 CPUs")
         ray_session.disconnect()
         assert ray.is_initialized()  # it is the caller's
@@ -279,7 +278,7 @@ def test_no_node_of_other_numerics_or_too_few_cpus_trains(
 def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
     for address in ("127.0.0.1:9", "nowhere"):
         with pytest.raises(EnvironmentFault) as caught:
-            RayExecutor(site, address, 1, 0, open_scripted).run(chains, ignore)
+            RayExecutor(site, address, 1, 0, open_scripted).run(chains, silent)
         assert caught.value.where == address
         assert caught.value.next_step
 
@@ -327,7 +326,7 @@ def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(
     program = (
         "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
         "site = t.make_site(Path(sys.argv[1]));"
-        "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
+        "t.executor(site, 1).run(t.make_chains(site), t.silent)"
     )
     driver = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "m")],

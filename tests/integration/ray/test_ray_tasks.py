@@ -15,7 +15,7 @@ from cluster.ray.attempt import Unready
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
 from cluster.ray.worker_slots import Placement
-from sisa.core.events import Event, Notice, Report
+from sisa.core.events import Event, Notice, Report, silent
 
 pytestmark = pytest.mark.ray
 
@@ -30,10 +30,6 @@ def write_name(path: Path, report: Report) -> str:
         path.with_name("died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return path.name
-
-
-def ignore(_: Event) -> None:
-    """Ignore an event."""
 
 
 def run(
@@ -60,7 +56,7 @@ def test_results_come_in_order_and_a_dead_worker_is_announced(tmp_path: Path) ->
 
 def test_what_is_unready_is_made_ready(tmp_path: Path) -> None:
     unready = tmp_path / "unready"
-    assert run([unready], ignore, make_ready=lambda path: path.with_name("ready")) == ["ready"]
+    assert run([unready], silent, make_ready=lambda path: path.with_name("ready")) == ["ready"]
 
 
 def test_a_worker_that_does_not_begin_is_not_waited_for(
