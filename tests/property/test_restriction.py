@@ -1,7 +1,7 @@
 """Restrictions over random histories, with fakes: what is restricted is not served, and no more.
 
-A history of additions, appended slices, deletions and rectifications is lived twice, with and without
-restrictions and releases in between. The fake trainer's weights confess every record that they saw, so
+A history of additions, appended slices and deletions is lived twice, with and without restrictions and
+releases in between. The fake trainer's weights confess every record that they saw, so
 what is served is read from bytes.
 """
 
@@ -217,15 +217,6 @@ def test_a_shard_serves_another_order_that_lacks_the_slice() -> None:
     one, several = found[: len(WHO)], found[len(WHO) :]
     assert all(a <= b for a, b in zip(one, several, strict=True))
     assert one != several
-
-
-def test_records_that_are_added_later_are_covered() -> None:
-    model = first(2)
-    model.change(("restrict", "ada"))
-    model.step("add", (7, 12))
-    model.step("append", (17,))
-    assert {subject_of(number) for number in (2, 7, 12, 17)} == {"ada"}
-    assert len(restricted_rows(model.fake.ledger)) == 4
 
 
 def test_a_rectification_keeps_the_restriction_of_a_subject_with_one_record() -> None:

@@ -48,6 +48,7 @@ def place(vault: FileVault) -> Path:
 
 
 def test_what_is_put_is_read_in_its_order(vault: Vault) -> None:
+    assert vault.held() == frozenset()
     found = put(vault, RECORDS)
     assert vault.read(found) == tuple(RECORDS)
     vault.check(found)
@@ -65,10 +66,6 @@ def test_any_records_survive(tmp_path_factory: pytest.TempPathFactory, found: li
 def test_putting_twice_is_putting_once(vault: Vault) -> None:
     assert put(vault, RECORDS) == put(vault, RECORDS)
     assert vault.held() == {NAME}
-
-
-def test_nothing_is_held_at_first(vault: Vault) -> None:
-    assert vault.held() == frozenset()
 
 
 def test_erased_is_gone_and_absence_is_no_error(vault: Vault) -> None:

@@ -124,25 +124,6 @@ def test_a_first_training_reports_all_bad_records_before_it_writes(
     assert not (run_file.parent / "model").exists()
 
 
-def test_an_unknown_executor_starts_no_model(tmp_path: Path, tiny_base: Path, capsys: Capture) -> None:
-    run_file = write_run(tmp_path / "new", tiny_base)
-    done = command(capsys, "train", run_file, "--executor", "spark")
-    assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert not (run_file.parent / "model").exists()
-
-
-def test_a_directory_that_holds_something_else_is_left_alone(
-    tmp_path: Path, tiny_base: Path, capsys: Capture
-) -> None:
-    run_file = write_run(tmp_path / "new", tiny_base)
-    foreign = run_file.parent / "model"
-    foreign.mkdir()
-    (foreign / "thesis.txt").write_text("years of work")
-    done = command(capsys, "train", run_file, *SERIAL)
-    assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert list(all_files(foreign)) == ["thesis.txt"]
-
-
 def test_a_missing_partition_key(tmp_path: Path, tiny_base: Path, capsys: Capture) -> None:
     model = Tiny(tmp_path / "own", tiny_base)
     write_run(model.folder, tiny_base, PEOPLE[:4], sisa_block={"partition_key_file": None})

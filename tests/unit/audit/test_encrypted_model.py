@@ -18,7 +18,7 @@ from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
 from sisa.audit.repair import RepairOutcome, repair_opened
 from sisa.audit.residue import Scan, scan_residue
-from sisa.audit.verify import check_files
+from sisa.audit.verify import check_files, verify
 from sisa.config.config import RunConfig
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
@@ -447,6 +447,8 @@ def test_a_plain_file_in_an_encrypted_model_is_read_reported_and_sealed(model: P
     unseal_one(model)
     with context_of(model) as context:
         assert check_files(context)[1] == []
+        (problem,) = verify(context, [], None).findings
+    assert problem.what == "not encrypted, although the model is"
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["form"], True)
     assert repaired(model).after.healthy

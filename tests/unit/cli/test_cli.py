@@ -426,7 +426,7 @@ def test_forgetting_what_is_deleted_says_so_and_is_0(ask_model: Ask) -> None:
     assert found["model_digest_before"] == found["model_digest_after"]
 
 
-def test_verify_reads_every_file(ask_model: Ask) -> None:
+def test_a_sound_model_is_verified_without_a_replay(ask_model: Ask) -> None:
     found = ask_model("verify")
     assert (found["ok"], found["findings"]) == (True, [])
     assert [each["replayed"] for each in found["shards"]] == [False] * 3

@@ -509,7 +509,7 @@ def test_bad_ids_files_are_refused_by_line(tmp_path: Path, data: bytes | None, w
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["Jos\u00e9", "Jose\u0301", " Jos\u00e9\t".replace("\t", " ")])
+@pytest.mark.parametrize("given", ["Jos\u00e9", "Jose\u0301", " Jos\u00e9 "])
 def test_a_subject_has_one_spelling(tmp_path: Path, given: str) -> None:
     file = tmp_path / "people.jsonl"
     file.write_text(json.dumps({"id": "r1", "subject_id": given, "text": "x"}))

@@ -111,14 +111,25 @@ def test_a_first_training_says_which_shards_have_no_record(
     assert "2 of 3 shards have no record" in sisa("train", run_file, "--executor", "serial")[2]
 
 
-def test_a_first_training_never_overwrites_the_key_of_another_model(tmp_path: Path, ask: Ask) -> None:
+@pytest.mark.parametrize(
+    ("name", "next_step"), [("partition.key", "partition_key_file"), ("thesis.txt", "a new directory")]
+)
+def test_a_directory_that_holds_something_else_is_left_alone(
+    tmp_path: Path, ask: Ask, name: str, next_step: str
+) -> None:
     run_file = write_run(tmp_path / "new", sisa={"partition_key_file": None})
     model = run_file.parent / "model"
     model.mkdir()
-    (model / "partition.key").write_text("6" * 64)
+    (model / name).write_text("6" * 64)
     error = refused(ask, model)
-    assert (error["type"], error["got"]) == ("InvalidInput", "partition.key")
-    assert "partition_key_file" in error["next_step"]
+    assert (error["type"], error["got"]) == ("InvalidInput", name)
+    assert next_step in error["next_step"]
+
+
+def test_an_unknown_executor_starts_no_model(tmp_path: Path, ask: Ask) -> None:
+    run_file = write_run(tmp_path / "new")
+    assert ask("train", run_file, "--executor", "spark", code=2)["error"]["type"] == "InvalidInput"
+    assert not (run_file.parent / "model").exists()
 
 
 # --- a changed source ----------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, ConfigConflict
 from sisa.flows.requests import Terms
 from sisa.flows.restored_backup import witness_standing
-from sisa.flows.wiring.ledger_place import LEDGER
 from sisa.flows.wiring.wiring import open_as_it_is
 from sisa.model import Model
 from sisa.store.blobs import files
@@ -147,9 +146,3 @@ def test_who_holds_the_commit_lock_too_long_keeps_others_out(
     with files.writer_lock(directory / COMMIT_LOCK), pytest.raises(Busy):
         model.decide(request.request_id, "cancelled")
     assert model.decide(request.request_id, "cancelled").request.state == "cancelled"
-
-
-def test_the_lock_is_part_of_a_model(directory: Path) -> None:
-    Model(directory, executor="serial").submit(["id-0001"])
-    assert (directory / COMMIT_LOCK).stat().st_mode & 0o777 == 0o600
-    assert (directory / LEDGER).exists()

@@ -18,7 +18,6 @@ from sisa.core.errors import ConfigConflict
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
 from sisa.model import Model
-from sisa.store.areas import RECORDS
 from sisa.store.blobs.keyring import is_sealed
 from sisa.train import train_model
 from tests.fakes.ports import fake_record
@@ -103,20 +102,6 @@ def test_a_model_that_stayed_open_writes_nothing_plain_once_it_is_encrypted(conf
     assert held != {}
     assert [name for name, data in held.items() if not is_sealed(data)] == []
     assert is_whole(changed(config, encrypt=True))
-
-
-def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> None:
-    plain = changed(config, output_dir=config.output_dir.with_name("plain"))
-    train_model(plain, executor="serial")
-    model, _ = train_model(changed(config, encrypt=True), executor="serial")
-    opened = model.keyring
-    directory = config.output_dir / RECORDS
-    (first, *_) = sorted(each.name for each in directory.iterdir())
-    sealed = (directory / first).read_bytes()
-    (directory / first).write_bytes(opened.unseal(RECORDS, first, "", sealed))
-    found = model.verify()
-    assert not found.ok
-    assert [each.where for each in found.findings] == [f"records/{first}"]
 
 
 def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]) -> None:
