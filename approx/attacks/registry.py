@@ -1,7 +1,7 @@
 """All attacks by name, at their default strength.
 
->>> sorted(ATTACKS)[:3], ATTACKS["relearning"].needs
-(['depth', 'jailbreak', 'leak_at_k'], ('asked', 'taught'))
+>>> ATTACKS["relearning"].needs
+('asked', 'taught')
 """
 
 from __future__ import annotations

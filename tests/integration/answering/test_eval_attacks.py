@@ -94,9 +94,7 @@ def test_a_deletion_ready_model_is_attacked_by_prompts(attack: Attack, tiny: Tin
         "relearning", "relearning_out_of_domain", "quantisation", "membership", "depth",
         "linear_probe", "other_questions",
     }  # fmt: skip
-    assert set(model["curves"]) == {
-        "as_it_is", "leak_at_k", "rewording", "prefix_injection", "jailbreak"
-    }  # fmt: skip
+    assert set(model["curves"]) == {"as_it_is", *ATTACKS} - set(model["not_made"])
     pairs = [(row["prompt"], row["completion"]) for row in KNOWN][len(KNOWN) // 4 :]
     scores = open_evaluated(str(tiny.directory)).score(pairs, PromptForm("completion"), 4)
     wanted = fmean(probability(each.loss) for each in scores)

@@ -22,35 +22,20 @@ from tests.unit.approx.methods.second_way import second_way, slope_BTV
 pytestmark = pytest.mark.torch
 VOCAB = 5
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("gradient_ascent", {}),
-    ("graddiff", {}),
+    *((name, {}) for name in METHODS),
     ("graddiff", {"retain_loss": "kl", "forget_weight": 0.5, "retain_weight": 3.0}),
     ("kl_minimisation", {"beta": 0.7}),
-    ("dpo", {}),
     ("dpo", {"beta": 0.5, "retain_weight": 2.0, "retain_loss": "kl"}),
-    ("idk_dpo", {}),
-    ("npo", {}),
     ("npo", {"beta": 1.3, "retain_weight": 0.0, "forget_weight": 2.0}),
     ("npo", {"retain_loss": "kl"}),
-    ("simnpo", {}),
     ("simnpo", {"beta": 2.5, "gamma": 0.4, "forget_weight": 1.0, "retain_weight": 0.0}),
-    ("task_arithmetic", {}),
-    ("wga", {}),
     ("wga", {"beta": 0.5, "forget_weight": 2.0, "retain_loss": "kl"}),
-    ("satimp", {}),
     ("satimp", {"beta1": 1.5, "beta2": 0.5, "retain_weight": 0.0}),
-    ("ceu", {}),
     ("ceu", {"skipped_tokens": 0, "retain_weight": 1.0}),
-    ("undial", {}),
     ("undial", {"beta": 1.5, "retain_weight": 2.0, "retain_loss": "kl"}),
-    ("idk_nll", {}),
     ("whp", {"retain_weight": 1.0}),
-    ("rome", {}),
-    ("memit", {}),
     ("pdu", {"retain_weight": 3.0}),
-    ("rmu", {}),
     ("rmu", {"adaptive": False, "steering_coefficient": 2.0, "control_seed": 3, "retain_weight": 0}),
-    ("altpo", {}),
     ("altpo", {"length_normalised": True, "retain_loss": "kl"}),
     ("altpo", {"reference_free": True, "length_normalised": True, "beta": 2.0}),
 ]
@@ -79,10 +64,6 @@ def rows_of_roles(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> dict[R
         pair = (scale * torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
         found[role] = Rows(batch, *pair)
     return found
-
-
-def test_every_method_is_drawn() -> None:
-    assert {name for name, _ in VARIANTS} == set(METHODS)
 
 
 def usable(name: str, values: dict[str, Any], given_rows: Mapping[Role, Rows]) -> Method:
