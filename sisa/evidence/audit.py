@@ -19,6 +19,7 @@ from typing import Any
 
 from sisa.audit.doctor import CLOCK_TOLERANCE_S, diagnose
 from sisa.audit.residue import sweep_model
+from sisa.config.fields import is_uri
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import Problem, SisaError
 from sisa.evidence.attestations import served_subject
@@ -36,10 +37,11 @@ from sisa.flows.reconcile import under_way
 from sisa.flows.restored_backup import REPLAYED
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import Model
-from sisa.store.areas import LOG
+from sisa.store.areas import LOCAL_AREAS, LOG, SHARED_AREAS
 from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 
+AREAS = {*LOCAL_AREAS, *SHARED_AREAS}
 DRAWING = "deletion-ready-model/audit/v1"
 NO_EVIDENCE = "the model has no log: `sisa keys init` makes its keys"
 
@@ -141,15 +143,16 @@ def audit_model(
 
 
 def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
-    """Return what is signed. Paths outside the model are left out: the log is published."""
+    """Return what is signed. The log is published, and the name of a file may be a record's id."""
 
-    def inside(where: str) -> str:
+    def place(where: str) -> str:
         if where.startswith(f"{directory.absolute()}{os.sep}"):
-            return os.path.relpath(where, directory)
-        return "outside the model" if os.path.isabs(where) else where
+            area = os.path.relpath(where, directory).partition(os.sep)[0]
+            return area if area in AREAS else "the model's directory"
+        return "outside the model" if os.path.isabs(where) or is_uri(where) else where
 
     def published(check: Check) -> Check:
-        found = (Problem(inside(each.where), each.what) for each in check.findings)
+        found = (Problem(place(each.where), each.what) for each in check.findings)
         return replace(check, findings=tuple(found))
 
     public = replace(done, checks=tuple(map(published, done.checks)))

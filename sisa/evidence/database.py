@@ -86,7 +86,9 @@ def transaction(
             yield connection
             connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
-        raise sqlite_fault(error, path) or damaged(path, str(error)) from error
+        # SQLite's own words are kept; Python's, of text that it can't decode, quote the cell.
+        got = str(error) if getattr(error, "sqlite_errorname", None) else "text that is not UTF-8"
+        raise sqlite_fault(error, path) or damaged(path, got) from error
     except UnicodeDecodeError as error:
         raise damaged(path, "text that is not UTF-8") from error
 

@@ -62,6 +62,10 @@ _KEY, _ROOT = "key", "root"  # rows of `tree`
 Row = tuple[bytes, bytes, int, int, str]  # of `leaves`
 
 
+class DamagedTree(ValueError):
+    """Raised for rows of the tree that contradict each other; its words name no row."""
+
+
 @dataclass(frozen=True)
 class Tree:
     """The tables of the tree, within a transaction."""
@@ -138,10 +142,10 @@ class Tree:
         return found
 
     def replace(self, gone: Collection[bytes], new: Collection[Row]) -> None:
-        """Remove labels, add leaves, and bring nodes and root along. Raise ValueError for damage."""
+        """Remove labels, add leaves, and bring nodes and root along. Raise DamagedTree."""
         changed = sorted({*gone, *(row[0] for row in new)})
         if self.hash(changed=changed) != self.root:
-            raise ValueError("subtrees that do not give the root")
+            raise DamagedTree("subtrees that do not give the root")
         self.db.executemany("DELETE FROM leaves WHERE label = ?", ((label,) for label in gone))
         self.db.executemany("INSERT INTO leaves VALUES (?, ?, ?, ?, ?)", sorted(new))
         self.put(_ROOT, self.hash(changed=changed, keep=True))
@@ -156,12 +160,12 @@ class Tree:
         return siblings, found[0] if found else None
 
     def check(self) -> None:
-        """Raise ValueError unless every node is the hash of its children, down to the leaves."""
+        """Raise DamagedTree unless every node is the hash of its children, down to the leaves."""
         for prefix, stored in self.db.execute("SELECT prefix, hash FROM nodes"):
             if node_hash(self.hash(prefix + "0"), self.hash(prefix + "1")) != stored:
-                raise ValueError("a node that is not the hash of its children")
+                raise DamagedTree("a node that is not the hash of its children")
         if self.hash() != self.root:
-            raise ValueError("nodes that do not give the root")
+            raise DamagedTree("nodes that do not give the root")
 
 
 def tree_hash(leaves: Sequence[tuple[bytes, bytes]], depth: int = 0) -> bytes:
@@ -251,9 +255,9 @@ class Membership:
                 file = slices.get((shard, slice_))
                 listed = context.stores.ledger.contents(shard, slice_) if file else []
                 if labels.keys() != {bytes.fromhex(each) for each, _ in listed}:
-                    raise ValueError(f"other records than the ledger's, in shard {shard}")
+                    raise DamagedTree(f"other records than the ledger's, in shard {shard}")
                 if file and shard in shards and labels != self._labels(context, file, labels):
-                    raise ValueError(f"labels that are not those of the ids, in shard {shard}")
+                    raise DamagedTree(f"labels that are not those of the ids, in shard {shard}")
 
     def prove(self, record_id: str) -> dict[str, Any]:
         """Return the proof that an id is in the tree, or that it is not. Raise IntegrityError.
@@ -266,7 +270,7 @@ class Membership:
         with self._tree(write=False) as tree:
             path, end = tree.path(label)
             if fold(label, leaf(*end) if end else EMPTY_TREE, path) != tree.root:
-                raise ValueError("a path that does not give the root")
+                raise DamagedTree("a path that does not give the root")
             neighbour = end and {"label": end[0].hex(), "value_hash": end[1].hex()}
             return {
                 "vrf": self._key.prove(alpha).hex(),
@@ -281,10 +285,13 @@ class Membership:
             with transaction(self.path, SCHEMA, write=write) as db:
                 tree = Tree(db)
                 if tree.get(_KEY, self._key.public) != self._key.public:
-                    raise ValueError("labels under another key")
+                    raise DamagedTree("labels under another key")
                 yield tree
-        except (ValueError, TypeError) as error:  # a damaged row may hold anything
+        except DamagedTree as error:
             raise damaged_database(self.path, str(error)) from error
+        except (ValueError, TypeError) as error:  # a damaged row may hold anything: it is not quoted
+            got = f"a row that can't be read ({type(error).__name__})"
+            raise damaged_database(self.path, got) from error
 
     def _synced(self, context: Context) -> tuple[str, str]:
         slices = _slices(context)

@@ -78,13 +78,15 @@ def test_one_report_is_about_one_state(operator: Operator, monkeypatch: pytest.M
         operator.audit()
 
 
-def test_a_published_report_names_no_path_outside_the_model(operator: Operator) -> None:
-    inside, outside = operator.directory / "records" / "a", Path.home() / "secret"
-    places = (str(inside), str(outside), "shard 1")
+def test_a_published_report_names_no_file(operator: Operator) -> None:
+    """A file may be named after whoever it is about."""
+    names = ("records/a", "of-p001-q1.txt")
+    inside = [str(operator.directory / each) for each in names]
+    places = (*inside, str(Path.home() / "secret"), "s3://bucket/of-p001-q1", "shard 1")
     findings = tuple(Problem(each, "what is wrong") for each in places)
     done = replace(operator.audit(), checks=(Check("sweep", findings),))
     (check,) = audit_statement(done, operator.directory)["predicate"]["checks"]
-    where = ["records/a", "outside the model", "shard 1"]
+    where = ["records", "the model's directory", *["outside the model"] * 2, "shard 1"]
     assert [each["where"] for each in check["findings"]] == where
 
 

@@ -280,6 +280,18 @@ def test_a_damaged_table_is_not_built_upon(
     assert any(isinstance(each, Notice) for each in kept.events) == (table != "taken")
 
 
+def test_damage_is_told_without_a_word_of_what_is_damaged(kept: Kept) -> None:
+    """An audit publishes the errors that it meets."""
+    kept.sync()
+    with closing(sqlite3.connect(kept.tree.path)) as db:
+        db.execute("UPDATE leaves SET since = CAST(x'ff' || 'Ada' AS TEXT)")
+        db.commit()
+    with pytest.raises(IntegrityError) as caught:
+        kept.tree.check()
+    assert caught.value.got == "text that is not UTF-8"
+    assert "Ada" not in str(caught.value)
+
+
 def test_what_a_killed_writer_left_is_rolled_back(kept: Kept) -> None:
     kept.sync()
     root, path = kept.tree.root, kept.tree.path
