@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from approx.evaluation.probe import answers_to_probe
 from approx.methods.method import Method
 from approx.patches import patch_measures
-from approx.patches.approx_report import ApproxReport
+from approx.patches.patch_report import ApproxReport
 from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.patches.selection import Selected, select
 from approx.patches.texts import limits_of, text_problems, tokenize_records, without_forgotten

@@ -21,8 +21,8 @@ from approx.methods.ascent.gradient_ascent import GradientAscent
 from approx.methods.method import Losses, Method, Role, mean_nll
 from approx.methods.registry import METHODS, make_method
 from approx.methods.rmu import Rmu
-from approx.patches.approx_report import REPORT_LIMITS, ApproxReport
 from approx.patches.patch_measures import MEASURE_LIMITS
+from approx.patches.patch_report import REPORT_LIMITS, ApproxReport
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
 from approx.patches.selection import Selected
 from approx.unlearning.causal_tracing import choose_layer, trace_layers

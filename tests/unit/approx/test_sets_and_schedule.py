@@ -14,7 +14,7 @@ from approx.methods.distillation import whp
 from approx.methods.method import Alternative
 from approx.methods.preference import altpo
 from approx.methods.registry import METHODS, make_method
-from approx.patches.approx_report import outcome
+from approx.patches.patch_report import outcome
 from approx.patches.texts import check_disjoint
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
