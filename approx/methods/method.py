@@ -96,7 +96,7 @@ class Method:
     below where not. R is `retain_term`, which a method that acts at a layer defines, too: its rows hold
     hidden states. The class variables are
 
-        name, family, paper   what `sisa approx methods` and the README list
+        name, family, paper   what `sisa approx methods` lists
         positive              the fields that must be above 0; names of no field do not count
         not_negative          the fields that must be 0 or more, likewise
         always_reads          the sets that the method needs whatever its weights are
@@ -110,7 +110,9 @@ class Method:
                               0.04 to 0.08
 
     and `compares_answers` are the sets for which F needs the reference's log-probability of each whole
-    answer, which is the same at every step.
+    answer, which is the same at every step. A method that does otherwise than step down its loss says
+    so in `apply`, `write_preferred`, `layer_effects`, `adapter_values` and `patch_problems`; callers
+    never ask which kind it is.
     """
 
     name: ClassVar[str]
