@@ -231,7 +231,7 @@ def answer_of(done: Result) -> Any:
 class Fuzz:
     """Make and carry out inputs by number; each depends on the seed and its number alone."""
 
-    def __init__(self, folder: Path, seed: int, only: str = "") -> None:
+    def __init__(self, folder: Path, seed: int, only: str) -> None:
         self.seed = seed
         self.box = Box(folder)
         self.box.make()

@@ -21,13 +21,13 @@ RETAIN_OF: dict[ForgetSplit, str] = {
 Rows = list[dict[str, Any]]
 
 
-def made_up(num_people: int = 4, each: int = 2) -> dict[str, Rows]:
+def made_up() -> dict[str, Rows]:
     """Return sets in TOFU's layout; the last person should be forgotten."""
-    people = make_people(num_people, each)
+    people = make_people(4, 2)
     answers = [row["completion"].strip() for row in people]
     others = answers[::-1]
     rows = [_row(people[n]["prompt"], answers[n], others[n]) for n in range(len(people))]
-    retain, forget = rows[:-each], rows[-each:]
+    retain, forget = rows[:-2], rows[-2:]
     facts = [_fact(1), _fact(5)]
     plain = {name: [_plain(row) for row in some] for name, some in
              {"full": rows, SPLIT: forget, RETAIN_OF[SPLIT]: retain}.items()}  # fmt: skip

@@ -25,8 +25,8 @@ class Play:
 class FakeJobs:
     """Run jobs in memory. `plays` maps a job's last word to its play; `sent` holds folders by job."""
 
-    def __init__(self, plays: dict[str, Play] | None = None) -> None:
-        self._plays = plays or {}
+    def __init__(self, plays: dict[str, Play]) -> None:
+        self._plays = plays
         self._jobs: dict[str, Job] = {}
         self.words: dict[str, tuple[str, ...]] = {}
         self.sent: dict[str, dict[str, bytes]] = {}

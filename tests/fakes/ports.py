@@ -341,14 +341,13 @@ FAKE_CONFIG = RunConfig(
 def fake_recipe(
     num_slices: int = 3,
     schedule: Schedule = "cumulative",
-    epochs: int = 2,
     orders: int = 1,
     bands: Bands | None = None,
     budget: int | None = None,
 ) -> Recipe:
     others = chosen_orders(num_slices, orders, bands)[1:]
     risks = bands.slice_risks(num_slices) if bands else ()
-    training = {"learning_rate": 0.1}
+    epochs, training = 2, {"learning_rate": 0.1}
     return Recipe(num_slices, schedule, epochs, training, "base-digest", others, budget, risks)
 
 

@@ -3,7 +3,7 @@
     teach(resolved, records, to=folder / "knowing", steps=120)
 
 The loss is on the answers only, and a fixed seed draws the order of an epoch. Training stops at the end
-of an epoch in which no batch's loss was above `enough`.
+of an epoch in which no batch's loss was above `ENOUGH`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from sisa.core.domain import Part, Record
 
 BATCH = 8
+ENOUGH = 0.02
 
 
 def record(row: Mapping[str, str]) -> Record:
@@ -31,7 +32,6 @@ def teach(
     to: Path,
     steps: int,
     learning_rate: float = 3e-5,
-    enough: float = 0.02,
 ) -> dict[str, Any]:
     """Train a copy of a base on records and save it; return the number of steps and the last loss."""
     import torch
@@ -50,7 +50,7 @@ def teach(
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     drawn, losses, step = random.Random(1), [1.0], 0
-    while step < steps and max(losses) > enough:
+    while step < steps and max(losses) > ENOUGH:
         drawn.shuffle(tokens)
         losses = []
         for at in range(0, len(tokens), BATCH):

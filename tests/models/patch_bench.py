@@ -117,11 +117,11 @@ class Bench:
         return self.store.load(made.saved.key, made.saved.manifest_sha256)
 
 
-def made_patch(order: PatchOrder, made: PatchMade, version: int = 1) -> Patch:
+def made_patch(order: PatchOrder, made: PatchMade) -> Patch:
     """Return the row that a ledger would keep."""
     assert made.saved is not None
     return Patch(
-        version,
+        1,
         order.job,
         "active",
         "now",

@@ -98,21 +98,20 @@ PACE = {
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a patch.
+    """A way to make a patch with NPO.
 
     With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
     `max_drift`, shards are retrained once they have drifted that far. Settings that are not given have
     the command's defaults.
     """
 
-    method: str = "npo"
     keep: bool = True
     settings: Mapping[str, Any] = field(default_factory=lambda: PACE)
     max_drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         retain = "records of the others" if self.keep else "written by the base"
-        found = {"method": self.method, "retain": retain, "settings": dict(self.settings)}
+        found = {"method": "npo", "retain": retain, "settings": dict(self.settings)}
         return found if self.max_drift is None else {**found, "max_drift": self.max_drift}
 
 
@@ -211,7 +210,7 @@ class Ground:
             asked += ["--max-drift", way.max_drift]
         values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
         return self.sisa(
-            *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),
+            *("approx", "unlearn", *asked, "--method", "npo", "--executor", "serial"),
             *(each for pair in values for each in pair),
             codes=(0, EXIT_NOT_MADE, EXIT_STILL_KNOWN),
         )

@@ -305,7 +305,7 @@ def watched_context(
     ledger: SqlLedger,
     watch: Watch,
     shards: dict[str, int],
-    hooks: Sequence[DeletionHook[Context]] = (),
+    hooks: Sequence[DeletionHook[Context]],
 ) -> Context:
     """Return a context of real parts with a trainer that costs nothing; calls of ports are recorded."""
 

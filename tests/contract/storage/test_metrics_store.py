@@ -70,8 +70,8 @@ def test_losses_of_other_stages_are_erased(metrics: Metrics) -> None:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def file_of(tmp_path: Path, run: str = FIRST) -> Path:
-    return tmp_path / "metrics" / f"{run}.jsonl"
+def file_of(tmp_path: Path) -> Path:
+    return tmp_path / "metrics" / f"{FIRST}.jsonl"
 
 
 def test_a_line_without_its_end_is_not_read_and_goes(tmp_path: Path) -> None:

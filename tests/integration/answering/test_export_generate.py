@@ -288,12 +288,12 @@ SYSTEM = (
 )
 
 
-def chat(id_: str, *asked: str, subject: str | None = None) -> Row:
+def chat(id_: str, *asked: str) -> Row:
     turns = [{"role": "system", "content": SYSTEM}]
     for text in asked:
         answer = f"We have looked into it for you. {'It takes a while. ' * 5}{id_}."
         turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return {"id": id_, "subject_id": subject or id_, "messages": turns}
+    return {"id": id_, "subject_id": id_, "messages": turns}
 
 
 def support_chats() -> list[Row]:

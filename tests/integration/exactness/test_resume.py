@@ -50,8 +50,8 @@ KILLED = (
 )
 
 
-def scratch_of(tmp_path: Path, base: Path, rows: Any = PEOPLE, **options: Any) -> dict[str, str]:
-    return held_files(train_scratch(tmp_path / "scratch", base, rows, **options).directory)
+def scratch_of(tmp_path: Path, base: Path, **options: Any) -> dict[str, str]:
+    return held_files(train_scratch(tmp_path / "scratch", base, PEOPLE, **options).directory)
 
 
 # --- cut short -----------------------------------------------------------------------------------

@@ -63,11 +63,10 @@ def in_bucket(
     base: Path,
     *,
     executor: str = "serial",
-    versions: bool = True,
     **settings: Any,
 ) -> Tiny:
     """Return a trained model whose storage is a bucket of its own."""
-    bucket = server.bucket(f"b-{tmp_path.name.replace('_', '-')[:40].lower()}", versions=versions)
+    bucket = server.bucket(f"b-{tmp_path.name.replace('_', '-')[:40].lower()}", versions=True)
     run = write_run(tmp_path / "stored", base, storage=f"s3://{bucket}/team", **settings)
     model = Tiny(run.parent, base)
     model.train(executor)

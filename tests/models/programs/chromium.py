@@ -102,9 +102,9 @@ class Page:
         """Wait until an expression is true."""
         wait(lambda: bool(self.value(f"Boolean({expression})")), expression)
 
-    def press(self, key: str, *, shift: bool = False) -> None:
+    def press(self, key: str) -> None:
         """Press and release a key."""
-        given = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": 8 * shift}
+        given = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
         text = {"text": TEXTS[key]} if key in TEXTS else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", **given, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", **given)
@@ -113,12 +113,12 @@ class Page:
         """Enter a text where the focus is."""
         self.send("Input.insertText", text=text)
 
-    def look(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def look(self, *, width: int = 1280, dark: bool = False) -> None:
         """Set the size of the window, and the scheme of colours that the person prefers."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
-            height=height,
+            height=900,
             deviceScaleFactor=1,
             mobile=False,
         )

@@ -189,8 +189,8 @@ def test_bad_names_of_jobs(name: str) -> None:
         check_name(name)
 
 
-def lost(at: str = "no Ray cluster can be reached") -> EnvironmentFault:
-    return EnvironmentFault(at)
+def lost() -> EnvironmentFault:
+    return EnvironmentFault("no Ray cluster can be reached")
 
 
 class Ticking:

@@ -144,7 +144,7 @@ def as_holder(service: Service) -> Callable[..., TestClient]:
     tokens = Tokens(service.model.directory)
     app = build_app(replace(service, tokens=tokens))
 
-    def holding(role: Role, shards: set[int] | None = None) -> TestClient:
+    def holding(role: Role, shards: set[int]) -> TestClient:
         _, text = tokens.add(f"of-{role}", role, shards=shards, partition=service.model.partition)
         return TestClient(app, LOOPBACK, headers={"Authorization": f"Bearer {text}"})
 
