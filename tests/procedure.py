@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "e391e901a6d9a558")
+RECORDED = (5, "dbd38b19852dce1b")
 
 
 def path_of(module: str) -> Path:
