@@ -2,7 +2,7 @@
 
     method           one of `methods/registry.py`, with its hyper-parameters
     adapter          rank, scale and modules of the LoRA patch
-    pace             learning rate, batches, epochs, rounds, seed: `schedule.ScheduleSettings`
+    pace             learning rate, batches, epochs, rounds, seed: `schedule.Pace`
     selection        which of the adapter's modules: `selection.SelectionSettings`
     bounds           max_utility_drop, target_probability, check_every: `stopping.BoundSettings`
     sequence_len     longer texts are cut to it or refused, as `overlength` says
@@ -27,7 +27,7 @@ from typing import Any, get_args
 from approx.methods.method import Method
 from approx.methods.registry import METHODS, make_method
 from approx.patches.selection import ALL, SelectionSettings
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from approx.unlearning.stopping import BoundSettings
 from approx.unlearning.value_checks import check_values, one_of, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
@@ -71,7 +71,7 @@ class Adapter:
 KINDS: Mapping[str, type[Any]] = {
     "adapter": Adapter,
     "selection": SelectionSettings,
-    "pace": ScheduleSettings,
+    "pace": Pace,
     "bounds": BoundSettings,
 }
 BLOCKS = ("hyperparameters", *KINDS)
@@ -85,7 +85,7 @@ class PatchSettings:
     method: Method
     adapter: Adapter
     selection: SelectionSettings
-    pace: ScheduleSettings
+    pace: Pace
     bounds: BoundSettings
     sequence_len: int
     overlength: Overlength

@@ -15,7 +15,7 @@ again finishes. A continued run gives the same bits as one without interruption:
 weight of the retain term are functions of the step and of the measurements, and nothing draws a random
 number.
 
-    end = Descent(method, *Run(target, sets, settings, bounds)).run()
+    end = Descent(method, *Run(target, sets, pace, bounds)).run()
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from approx.evaluation.answers import collate
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
+from approx.unlearning.schedule import MicroBatch, Pace, Step, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
@@ -79,23 +79,23 @@ class Descent:
     method: Method
     target: Target
     sets: Sets
-    settings: ScheduleSettings
+    pace: Pace
     bounds: Bounds
     saved: SavedRun | None
     progress: Callable[[StepLog], None]
     clock: Callable[[], float]
 
     def __post_init__(self) -> None:
-        self._steps = plan_steps(len(self.sets.forget), len(self.sets.retain), self.settings)
-        self._round_len = len(self._steps) // self.settings.num_rounds
+        self._steps = plan_steps(len(self.sets.forget), len(self.sets.retain), self.pace)
+        self._round_len = len(self._steps) // self.pace.num_rounds
         self._optimizer = torch.optim.AdamW(
             list(self.target.trained.values()),
-            self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
+            self.pace.learning_rate,
+            weight_decay=self.pace.weight_decay,
             foreach=False,  # the plain implementation has one order of arithmetic
             fused=False,
         )
-        self._now = _Counts(self.settings.learning_rate)
+        self._now = _Counts(self.pace.learning_rate)
         self._first_step, self._within_bound = 0, True
 
     def run(self) -> End:
@@ -126,8 +126,8 @@ class Descent:
         found: dict[Role, Tensor] = {}
         for role in sorted(self.method.compares_answers):
             examples, parts = self._examples(role), []
-            for start in range(0, len(examples), self.settings.batch_size):
-                batch = collate(examples[start : start + self.settings.batch_size])
+            for start in range(0, len(examples), self.pace.batch_size):
+                batch = collate(examples[start : start + self.pace.batch_size])
                 parts.append(self.target.reference_answers_B(batch))
                 self._now.tokens_forward += batch.ids_BT1.numel()
             found[role] = torch.cat(parts)
@@ -181,12 +181,12 @@ class Descent:
             (losses.total * share).backward()  # type: ignore[no-untyped-call]
             sums.append((share, losses))
         parameters = list(self.target.trained.values())
-        limit = self.settings.max_grad_norm
+        limit = self.pace.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=False))
         if not math.isfinite(norm):
             return self._diverged("the gradient")
-        schedule = learning_rate_at(self._now.step % self._round_len, self._round_len, self.settings)
-        rate = schedule * (self._now.rate / self.settings.learning_rate)
+        schedule = learning_rate_at(self._now.step % self._round_len, self._round_len, self.pace)
+        rate = schedule * (self._now.rate / self.pace.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
@@ -206,10 +206,10 @@ class Descent:
             )
 
     def _next_retain_weight(self, retain: float | None) -> float | None:
-        present, settings = self._now.retain_weight, self.settings
+        present, pace = self._now.retain_weight, self.pace
         weight = self.method.retain_weight if present is None else present
-        num_batches = (self._now.step + 1) * settings.gradient_accumulation_steps
-        num_epochs = num_batches / -(-len(self.sets.forget) // settings.batch_size)
+        num_batches = (self._now.step + 1) * pace.gradient_accumulation_steps
+        num_epochs = num_batches / -(-len(self.sets.forget) // pace.batch_size)
         return self.method.next_retain_weight(weight, retain, num_epochs)
 
     def _present_method(self) -> Method:
@@ -323,7 +323,7 @@ class Descent:
             {
                 "method": self.method.name,
                 "hyperparameters": asdict(self.method),
-                "settings": asdict(self.settings),
+                "settings": asdict(self.pace),  # as saved runs name it
                 "sizes": [len(self.sets.forget), len(self.sets.retain), len(self.sets.preferred)],
                 "start": sha256_hex(tensor_bytes(self.target.snapshot())),
             }

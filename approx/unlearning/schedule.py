@@ -1,4 +1,4 @@
-"""The schedule of a run: learning rate, batches and their order, as a pure function of the settings.
+"""The schedule of a run: learning rate, batches and their order, as a pure function of the pace.
 
 A run takes `num_rounds` rounds of `num_epochs` epochs, each with its own schedule. The order depends
 only on the seed and the sizes of the sets. An epoch is one pass over the forget set in its own order.
@@ -6,7 +6,7 @@ Each micro-batch of forget rows comes with as many retain rows, or with `retain_
 endless passes over the retain set. The loss of a step is the mean loss of its micro-batches, weighted by
 their forget rows.
 
->>> plan_steps(3, 2, ScheduleSettings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
+>>> plan_steps(3, 2, Pace(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
 ((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
 
 Source of the defaults: open-unlearning's reproduction of TOFU (learning rate 1e-5 on full weights, 10
@@ -34,8 +34,8 @@ LARGEST = {
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
-    """The settings that every method has. `max_steps` cuts each round and its schedule."""
+class Pace:
+    """How fast a run goes, whatever its method. `max_steps` cuts each round and its schedule."""
 
     learning_rate: float = 1e-5
     num_epochs: int = 10
@@ -77,38 +77,36 @@ class MicroBatch:
 Step = tuple[MicroBatch, ...]
 
 
-def plan_steps(num_forget: int, num_retain: int, settings: ScheduleSettings) -> tuple[Step, ...]:
+def plan_steps(num_forget: int, num_retain: int, pace: Pace) -> tuple[Step, ...]:
     """Return all optimizer steps with their micro-batches, round after round."""
-    kept, rounds = _endless(num_retain, settings.seed), range(settings.num_rounds)
-    return tuple(step for number in rounds for step in _plan_round(num_forget, kept, number, settings))
+    kept, rounds = _endless(num_retain, pace.seed), range(pace.num_rounds)
+    return tuple(step for number in rounds for step in _plan_round(num_forget, kept, number, pace))
 
 
-def _plan_round(
-    num_forget: int, kept: Iterator[int], number: int, settings: ScheduleSettings
-) -> list[Step]:
+def _plan_round(num_forget: int, kept: Iterator[int], number: int, pace: Pace) -> list[Step]:
     micro: list[MicroBatch] = []
-    for epoch in range(number * settings.num_epochs, (number + 1) * settings.num_epochs):
-        order = _order(num_forget, settings.seed, "forget", epoch)
-        for start in range(0, num_forget, settings.batch_size):
-            rows = tuple(order[start : start + settings.batch_size])
-            beside = settings.retain_batch_size or len(rows)
+    for epoch in range(number * pace.num_epochs, (number + 1) * pace.num_epochs):
+        order = _order(num_forget, pace.seed, "forget", epoch)
+        for start in range(0, num_forget, pace.batch_size):
+            rows = tuple(order[start : start + pace.batch_size])
+            beside = pace.retain_batch_size or len(rows)
             micro.append(MicroBatch(rows, tuple(islice(kept, beside))))
-    size = settings.gradient_accumulation_steps
-    return [tuple(micro[at : at + size]) for at in range(0, len(micro), size)][: settings.max_steps]
+    size = pace.gradient_accumulation_steps
+    return [tuple(micro[at : at + size]) for at in range(0, len(micro), size)][: pace.max_steps]
 
 
-def learning_rate_at(step: int, num_steps: int, settings: ScheduleSettings) -> float:
+def learning_rate_at(step: int, num_steps: int, pace: Pace) -> float:
     """Return the rate of one step of a round, counted from 0: after a linear warm-up as scheduled.
 
-    >>> [learning_rate_at(n, 4, ScheduleSettings(1.0, warmup_steps=1)) for n in range(4)]
+    >>> [learning_rate_at(n, 4, Pace(1.0, warmup_steps=1)) for n in range(4)]
     [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]
     """
-    warmup = settings.warmup_steps
+    warmup = pace.warmup_steps
     if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
-    if settings.lr_scheduler == "constant":
-        return settings.learning_rate
-    return settings.learning_rate * (num_steps - step) / (num_steps - warmup)
+        return pace.learning_rate * (step + 1) / (warmup + 1)
+    if pace.lr_scheduler == "constant":
+        return pace.learning_rate
+    return pace.learning_rate * (num_steps - step) / (num_steps - warmup)
 
 
 def _endless(size: int, seed: int) -> Iterator[int]:

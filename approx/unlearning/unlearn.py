@@ -2,7 +2,7 @@
 
 The patch is changed in place and always ends with weights that were checked.
 
-    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), ScheduleSettings(), Bounds())
+    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), Pace(), Bounds())
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.examples import Sets, check_sets
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from approx.unlearning.stopping import Bounds, End, StepLog
 from approx.unlearning.target import Target
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     target: Target
     sets: Sets
-    settings: ScheduleSettings
+    pace: Pace
     bounds: Bounds
     saved: SavedRun | None = None
     progress: Callable[[StepLog], None] = lambda _: None
@@ -41,7 +41,7 @@ def unlearn(
     model: Any,
     sets: Sets,
     method: Method,
-    settings: ScheduleSettings,
+    pace: Pace,
     bounds: Bounds,
     *,
     saved: SavedRun | None = None,
@@ -57,4 +57,4 @@ def unlearn(
     check_sets(sets, method)
     target = Target(model)
     method = choose_layer(method, target.model, sets)
-    return method.apply(Run(target, sets, settings, bounds, saved, progress, clock))
+    return method.apply(Run(target, sets, pace, bounds, saved, progress, clock))

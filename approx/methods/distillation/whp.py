@@ -31,7 +31,7 @@ from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.compute import Compute
 from approx.unlearning.descent import Descent
 from approx.unlearning.examples import Sets
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from approx.unlearning.stopping import Bounds
 from approx.unlearning.target import Target
 from approx.unlearning.unlearn import Run
@@ -63,7 +63,7 @@ class Whp(IdkNll):
         return Prepared(replace(sets, preferred=found.examples), cost)
 
 
-def learn_by_heart(patched: Any, sets: Sets, pace: ScheduleSettings) -> Compute:
+def learn_by_heart(patched: Any, sets: Sets, pace: Pace) -> Compute:
     """Train a patch on the forget set in one round at this pace, and return what it costs."""
     run = Run(Target(patched), Sets(sets.forget), replace(pace, num_rounds=1), Bounds())
     return Descent(TaskArithmetic(), *run).run().compute  # whose loss is that of learning by heart

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from sisa.core.domain import Record
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Writing(NamedTuple):
     tokenizer: Any
     records: Sequence[Record]
     sets: Sets
-    pace: ScheduleSettings
+    pace: Pace
     sequence_len: int
     fresh: Callable[[], Any]
 
@@ -53,7 +53,7 @@ def with_preferred(
     records: Sequence[Record],
     sets: Sets,
     method: Method,
-    pace: ScheduleSettings,
+    pace: Pace,
     sequence_len: int,
     fresh: Callable[[], Any],
 ) -> Prepared:

@@ -4,7 +4,7 @@ Operations are those of `unlearning/compute.py` for the whole model, as if no hi
 remembered and the backward pass went down to the first layer, with the forward passes of the reference
 and the final evaluation of the loss. The plan and the final count agree.
 
-    settings = within(budget, method, sets, uncut(rate, batch_size, seed), sizes)
+    pace = within(budget, method, sets, uncut(rate, batch_size, seed), sizes)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from approx.methods.method import Method
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets
-from approx.unlearning.schedule import ScheduleSettings, plan_steps
+from approx.unlearning.schedule import Pace, plan_steps
 from approx.unlearning.stopping import Bounds
 from sisa.lm.base.tokens import Tokens
 
@@ -23,9 +23,9 @@ AT_THE_END = Bounds(check_every=10**6)
 MANY_EPOCHS = 200
 
 
-def uncut(rate: float, batch_size: int, seed: int) -> ScheduleSettings:
-    """Return a schedule that is longer than any budget."""
-    return ScheduleSettings(
+def uncut(rate: float, batch_size: int, seed: int) -> Pace:
+    """Return a pace that is longer than any budget."""
+    return Pace(
         learning_rate=rate,
         num_epochs=MANY_EPOCHS,
         batch_size=batch_size,
@@ -35,12 +35,10 @@ def uncut(rate: float, batch_size: int, seed: int) -> ScheduleSettings:
     )
 
 
-def within(
-    budget: float, method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
-) -> ScheduleSettings:
-    """Return the schedule with the number of steps nearest to the budget, in operations."""
-    costs, last = step_costs(method, sets, settings, sizes)
-    return replace(settings, max_steps=nearest_steps(costs, last, budget))
+def within(budget: float, method: Method, sets: Sets, pace: Pace, sizes: tuple[int, int]) -> Pace:
+    """Return the pace with the number of steps nearest to the budget, in operations."""
+    costs, last = step_costs(method, sets, pace, sizes)
+    return replace(pace, max_steps=nearest_steps(costs, last, budget))
 
 
 def nearest_steps(costs: Sequence[float], last: Sequence[float], budget: float) -> int:
@@ -60,7 +58,7 @@ def nearest_steps(costs: Sequence[float], last: Sequence[float], budget: float) 
 
 
 def step_costs(
-    method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
+    method: Method, sets: Sets, pace: Pace, sizes: tuple[int, int]
 ) -> tuple[list[float], list[float]]:
     """Return the operations of each step, and of the final evaluation of the loss after it.
 
@@ -68,9 +66,9 @@ def step_costs(
     """
     roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
     each_time = method.compares - method.compares_answers
-    once = sum(_reference_positions(roles[role], settings) for role in method.compares_answers)
+    once = sum(_reference_positions(roles[role], pace) for role in method.compares_answers)
     costs, last = [], []
-    for step in plan_steps(len(sets.forget), len(sets.retain), settings):
+    for step in plan_steps(len(sets.forget), len(sets.retain), pace):
         trained = compared = 0
         for micro in step:
             for role in method.reads:
@@ -83,9 +81,9 @@ def step_costs(
     return costs, last
 
 
-def _reference_positions(examples: Sequence[Tokens], settings: ScheduleSettings) -> int:
+def _reference_positions(examples: Sequence[Tokens], pace: Pace) -> int:
     """Return the positions that the reference computes once, in the order of the set."""
-    size = settings.batch_size
+    size = pace.batch_size
     starts = range(0, len(examples), size)
     return sum(_positions(examples, range(at, min(at + size, len(examples)))) for at in starts)
 

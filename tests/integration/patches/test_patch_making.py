@@ -20,7 +20,7 @@ from approx.methods.distillation.whp import learn_by_heart
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import Sets, first_prompt
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
 from approx.unlearning.written.invented_names import invented_names, replace_names
@@ -211,7 +211,7 @@ def test_generic_labels_are_those_of_a_brute_force_computation(bench: Bench) -> 
         {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}, base
     )
     fresh = attach(own_modules(base), lora, None, init_seed=1)
-    pace = ScheduleSettings(learning_rate=1e-2, num_epochs=5, batch_size=2)
+    pace = Pace(learning_rate=1e-2, num_epochs=5, batch_size=2)
     cost = learn_by_heart(fresh, Sets(tokens), pace)
     assert cost.tokens_trained == 5 * (len(tokens[0].input_ids))
     found = write_generic_labels(base, fresh, tokenizer, [record], tokens, 3.0)

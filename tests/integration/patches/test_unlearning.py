@@ -28,7 +28,7 @@ from approx.patches.selection import Selected
 from approx.unlearning.causal_tracing import choose_layer, trace_layers
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import Pace
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Rows, Target
 from approx.unlearning.unlearn import unlearn
@@ -93,7 +93,7 @@ def saved_at(directory: Path, identity: str = "data-1") -> SavedRun:
     return SavedRun(directory, identity, lambda _, data: data, lambda _, data: data)
 
 
-def settings(**changes: Any) -> ScheduleSettings:
+def settings(**changes: Any) -> Pace:
     values = {
         "learning_rate": RATE,
         "num_epochs": STEPS,
@@ -101,7 +101,7 @@ def settings(**changes: Any) -> ScheduleSettings:
         "gradient_accumulation_steps": 2,
         "weight_decay": 0.0,
     }
-    return ScheduleSettings(**{**values, **changes})
+    return Pace(**{**values, **changes})
 
 
 def keeps_retained(model: Any) -> float:

@@ -18,7 +18,7 @@ from approx.patches.patch_report import outcome
 from approx.patches.texts import check_disjoint
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
-from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
+from approx.unlearning.schedule import Pace, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
 from approx.unlearning.written.preferred import with_preferred
 from sisa.core.domain import Part, Record
@@ -76,7 +76,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reads_the_answers_that_it_prefers(written: list[str], name: str) -> None:
     made = make_method(name)
-    with_preferred(None, None, [], Sets([]), made, ScheduleSettings(), 8, lambda: None)
+    with_preferred(None, None, [], Sets([]), made, Pace(), 8, lambda: None)
     assert written == ([made.prefers] if "preferred" in made.reads else [])
 
 
@@ -128,9 +128,7 @@ def test_overlapping_records_are_named_by_position_alone() -> None:
 def test_each_epoch_is_one_pass_over_the_forget_set(
     num_forget: int, num_retain: int, size: int, accumulation: int, seed: int
 ) -> None:
-    chosen = ScheduleSettings(
-        num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed
-    )
+    chosen = Pace(num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed)
     steps = plan_steps(num_forget, num_retain, chosen)
     micro = [each for step in steps for each in step]
     shown = [row for each in micro for row in each.forget]
@@ -144,20 +142,20 @@ def test_each_epoch_is_one_pass_over_the_forget_set(
             assert sorted(kept[start : start + num_retain]) == list(range(num_retain))
     assert all(len(step) == accumulation for step in steps[:-1])
     assert plan_steps(num_forget, num_retain, chosen) == steps
-    cut = ScheduleSettings(
+    cut = Pace(
         num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed, max_steps=2
     )
     assert plan_steps(num_forget, num_retain, cut) == steps[:2]
 
 
 def test_another_seed_is_another_order() -> None:
-    orders = {plan_steps(8, 8, ScheduleSettings(seed=seed)) for seed in range(4)}
+    orders = {plan_steps(8, 8, Pace(seed=seed)) for seed in range(4)}
     assert len(orders) == 4
 
 
 @given(st.integers(1, 30), st.integers(0, 40))
 def test_the_rate_is_never_zero_and_never_above_its_peak(num_steps: int, warmup: int) -> None:
-    chosen = ScheduleSettings(learning_rate=2.0, warmup_steps=warmup)
+    chosen = Pace(learning_rate=2.0, warmup_steps=warmup)
     rates = [learning_rate_at(step, num_steps, chosen) for step in range(num_steps)]
     assert all(0 < rate <= 2.0 for rate in rates)
     if warmup < num_steps:
@@ -166,7 +164,7 @@ def test_the_rate_is_never_zero_and_never_above_its_peak(num_steps: int, warmup:
 
 def test_impossible_settings_and_bounds_are_named_at_once() -> None:
     with pytest.raises(InvalidInput) as caught:
-        ScheduleSettings(learning_rate=0.0, batch_size=0, num_epochs=1.5, lr_scheduler="cosine")  # type: ignore[arg-type]
+        Pace(learning_rate=0.0, batch_size=0, num_epochs=1.5, lr_scheduler="cosine")  # type: ignore[arg-type]
     names = [each.where for each in caught.value.problems]
     assert names == ["num_epochs", "batch_size", "learning_rate", "lr_scheduler"]
     with pytest.raises(InvalidInput) as caught:
