@@ -123,7 +123,7 @@ class Model(ModelDirectory):
     @retry_read
     def where(self, ids: Sequence[str]) -> list[Location]:
         """Return the shard, slice, checkpoints and heads of each record. Raise UnknownRecord."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return where(context, ids)
 
     @retry_read
@@ -157,7 +157,7 @@ class Model(ModelDirectory):
     @retry_read
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """Return what `forget` would do; change nothing."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             planned = plan_forget(context, *held_and_deleted(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
             seconds = estimate_seconds(planned.record_epochs_retrained, measured)
@@ -216,19 +216,19 @@ class Model(ModelDirectory):
     @retry_read
     def requests(self) -> list[RequestView]:
         """Return all requests, oldest first, with the days left to each."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return views(context)
 
     @retry_read
     def request(self, request_id: str) -> RequestView:
         """Return one request by its id or external id, with its history. Raise UnknownRecord."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return view_of(context, find_request(context, request_id))
 
     @retry_read
     def request_events(self) -> tuple[list[RequestEvent], dict[str, Request]]:
         """Return all events of requests, in order, and the requests by id, both of one state."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             ledger = context.stores.ledger
             return ledger.events(), {each.request_id: each for each in ledger.requests()}
 
@@ -250,7 +250,7 @@ class Model(ModelDirectory):
     @retry_read
     def plan_run(self) -> RunPlan:
         """Return whether to carry out the approved requests now or later, and why; change nothing."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return plan_run(context)
 
     def run(self) -> tuple[Request, ...]:
@@ -317,14 +317,14 @@ class Model(ModelDirectory):
         """
         if self._group is not None:
             return None
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return drop.cycle_standing(context)
 
     @retry_read
     def drop_details(self, *, show_ids: bool = False) -> drop.Details | None:
         """Return where DROP's cycle stands, and what waits for a decision, a run or an opt-out."""
         self._check_whole()
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return drop.details(context, show_ids=show_ids)
 
     # --- rights beside erasure --------------------------------------------------------------------
@@ -337,7 +337,7 @@ class Model(ModelDirectory):
 
         `digest`, from `subject_digest`, names the subject instead of `subject`.
         """
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             if digest is None:
                 return held_of(context, *held_and_deleted(context, ids, subject), subject)
             found = held_of(context, *of_digest(context, digest))
@@ -360,7 +360,7 @@ class Model(ModelDirectory):
     @retry_read
     def recipients(self, ids: Sequence[str] = (), *, subject: str | None = None) -> dict[str, Any]:
         """Return which exports a person's records touched, as JSON values."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             return recipients_of(context, *held_and_deleted(context, ids, subject), subject)
 
     def restrict(self, subject: str) -> Restriction:
@@ -404,7 +404,7 @@ class Model(ModelDirectory):
     @retry_read
     def shards(self) -> list[tuple[ShardStatus, list[SliceStanding]]]:
         """Return every shard and the standing of its slices, all at one moment."""
-        with self.context() as context, context.stores.ledger.snapshot():
+        with self.snapshot() as context:
             standings = slice_standings(context)
             return [(each, standings[each.shard]) for each in shard_statuses(context)]
 

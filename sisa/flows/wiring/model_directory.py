@@ -1,6 +1,7 @@
 """Open a model's directory: adopt what other processes committed, and hold the locks of its writers.
 
 with model.context() as context:     to read
+with model.snapshot() as context:    to read one state of the ledger
 with model.writing() as context:     to write, as the only writer
 with model.deciding() as context:    to decide about requests, beside a writer that trains
 """
@@ -197,6 +198,12 @@ class ModelDirectory:
             yield self._within_group(context)
         if self._group is not None:
             self._check_current()
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Context]:
+        """Open the model to read one state of its ledger, whatever is committed meanwhile."""
+        with self.context() as context, context.stores.ledger.snapshot():
+            yield context
 
     def _check_current(self) -> None:
         if read_description(self.directory) != self._meta:
