@@ -42,7 +42,7 @@ from sisa.lm.base.low_rank import PREFIX, Factors, shape_of
 from sisa.lm.base.tokens import Tokens
 
 if TYPE_CHECKING:
-    from approx.methods.editing.editing import Edit
+    from approx.methods.editing.edit import Edit
 
 RIDGE = 1e-2
 MAX_TEXTS, ROWS = 64, 8  # of the retain set, whose keys are counted

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from approx.methods.editing.editing import Edit
+from approx.methods.editing.edit import Edit
 from approx.unlearning.editing import Editing
 from approx.unlearning.value_checks import whole_numbers
 from sisa.core.errors import Problem

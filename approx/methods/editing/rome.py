@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from approx.methods.editing.editing import Edit
+from approx.methods.editing.edit import Edit
 from approx.unlearning.editing import Editing
 from sisa.lm.base.low_rank import Factors
 

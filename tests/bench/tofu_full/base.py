@@ -18,7 +18,7 @@ import torch
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, tokens_of
 from approx.evaluation.questions import Question
-from approx.methods.editing.editing import Edit
+from approx.methods.editing.edit import Edit
 from approx.methods.method import Method
 from approx.unlearning.editing import edit_adapter
 from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE

@@ -23,7 +23,7 @@ from typing import Any
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, records_of
 from approx.evaluation.questions import Question
-from approx.methods.editing.editing import Edit
+from approx.methods.editing.edit import Edit
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.metrics.model_utility import harmonic_mean
