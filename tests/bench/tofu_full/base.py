@@ -18,9 +18,7 @@ import torch
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, tokens_of
 from approx.evaluation.questions import Question
-from approx.methods.editing.edit import Edit
 from approx.methods.method import Method
-from approx.unlearning.editing import edit_adapter
 from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.domain import BaseFiles
 from sisa.lm.base.adapter import attach, lora_config, read_config
@@ -116,8 +114,8 @@ class FrozenBase:
             "lora_alpha": self._design.lora_alpha,
             "lora_dropout": 0.0,
         }
-        if isinstance(method, Edit):
-            wanted |= edit_adapter(self.whole, method, num_facts)
+        if method:
+            wanted |= method.adapter_values(self.whole, num_facts)
         return lora_config(wanted, self.whole)
 
     def tokens(self, questions: Sequence[Question]) -> list[Tokens]:

@@ -23,8 +23,7 @@ from typing import Any
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, records_of
 from approx.evaluation.questions import Question
-from approx.methods.editing.edit import Edit
-from approx.methods.registry import METHODS, make_method
+from approx.methods.registry import make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.metrics.model_utility import harmonic_mean
 from approx.metrics.probability import probability, probability_among
@@ -366,8 +365,7 @@ class Models:
         gone = self.data.full[kept:]
         forget, retain = self.base.tokens(gone), self.base.tokens(self.data.full[:kept])
         records = records_of([(each.question, each.answer) for each in gone], FORM)
-        edits = issubclass(METHODS[contestant.method], Edit)
-        subjects = subject_ends(records, forget, self.base.tokenizer) if edits else ()
+        subjects = subject_ends(records, forget, self.base.tokenizer)
         return records, Sets(forget, retain, subjects=subjects)
 
     def layers_of(self, contestant: Contestant) -> Any:
