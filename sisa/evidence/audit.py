@@ -41,7 +41,6 @@ from sisa.store.areas import LOCAL_AREAS, LOG, SHARED_AREAS
 from sisa.verifier.certificate import AUDIT, CERTIFICATES, CHAINED, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys
 
-AREAS = {*LOCAL_AREAS, *SHARED_AREAS}
 DRAWING = "deletion-ready-model/audit/v1"
 NO_EVIDENCE = "the model has no log: `sisa keys init` makes its keys"
 
@@ -148,7 +147,7 @@ def audit_statement(done: Audit, directory: Path) -> dict[str, Any]:
     def place(where: str) -> str:
         if where.startswith(f"{directory.absolute()}{os.sep}"):
             area = os.path.relpath(where, directory).partition(os.sep)[0]
-            return area if area in AREAS else "the model's directory"
+            return area if area in (*LOCAL_AREAS, *SHARED_AREAS) else "the model's directory"
         return "outside the model" if os.path.isabs(where) or is_uri(where) else where
 
     def published(check: Check) -> Check:
