@@ -25,12 +25,11 @@ from cluster.cli.command import (
 )
 from cluster.cli.input_files import read_prompts, read_text, read_turns
 from cluster.observe.reporting import watched
-from cluster.render.deletions import due_in, request_line
+from cluster.render.deletions import view_body, view_line
 from cluster.render.result import Result, counted, printable, shortened
 from sisa.core.domain import Kind
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Notice
-from sisa.core.requests import days_left
 
 if TYPE_CHECKING:
     from cluster.serve.service import Running
@@ -106,12 +105,9 @@ def status_shown(found: Status) -> Result:
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
         lines.append(f"checkpoints hold {budget}")
-    requests = []
-    for request in found.requests:
-        days = days_left(request.due, found.as_of)
-        of_request = request_line(request, due_in(request, days))
-        lines.append(f"request {of_request}, entered at {request.created_at}")
-        requests.append(asdict(request) | {"days_left": days})
+    lines += [
+        f"request {view_line(each)}, entered at {each.request.created_at}" for each in found.requests
+    ]
     for export in found.exports:
         fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state
         merged = f" (shards {shortened(export.shards)})" if len(export.shards) > 1 else ""
@@ -122,6 +118,7 @@ def status_shown(found: Status) -> Result:
     if head := found.event_head.link:
         count = found.event_head.num_events
         lines.append(f"event log: {count} events, head {count}:{head}")
+    requests = [view_body(each) for each in found.requests]
     body = asdict(found) | {"requests": requests, "witness": {"path": path, "standing": standing}}
     return Result(body, lines)
 

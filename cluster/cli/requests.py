@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -30,7 +30,6 @@ from cluster.observe.reporting import say
 from cluster.render.deletions import (
     already_deleted,
     base_hint,
-    due_in,
     forget_plan,
     forgotten,
     meanwhile,
@@ -38,6 +37,8 @@ from cluster.render.deletions import (
     probed,
     request_line,
     retrained,
+    view_body,
+    view_line,
 )
 from cluster.render.result import EXIT_ACT, Result, counted, of_model
 from cluster.render.rights import drop_standing
@@ -163,7 +164,7 @@ def submit_request(
 
 
 def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
-    lines = [_line(view), *already_deleted(found.already_deleted)]
+    lines = [view_line(view), *already_deleted(found.already_deleted)]
     if found.copies:
         fate = "included" if found.request.copies_included else "NOT included (--include-copies)"
         lines.append(f"exact copies under other ids, {fate}: {len(found.copies)}")
@@ -179,7 +180,10 @@ def submitted(found: Submitted, view: RequestView, directory: Path) -> Result:
         )
     elif view.request.state == "approved":
         lines.append(f"next: sisa run {of_model(directory)}")
-    body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
+    body = view_body(view) | {
+        "copies": list(found.copies),
+        "near": [asdict(each) for each in found.near],
+    }
     body["already_deleted"] = len(found.already_deleted)
     return Result(body, lines)
 
@@ -202,20 +206,10 @@ def list_(directory: Path, overdue: bool) -> Result:
 
 
 def requests_listed(views: Sequence[RequestView], cycle: Standing | None = None) -> Result:
-    lines = [_line(view) for view in views] or ["no requests"]
+    lines = [view_line(view) for view in views] or ["no requests"]
     lines += [drop_standing(cycle)] if cycle else []
-    body = {"requests": [_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
+    body = {"requests": [view_body(view) for view in views], "drop": asdict(cycle) if cycle else None}
     return Result(body, lines)
-
-
-def _line(view: RequestView) -> str:
-    request = view.request
-    holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
-    return request_line(request, due_in(request, view.days_left) + holds)
-
-
-def _body(view: RequestView) -> dict[str, Any]:
-    return asdict(view.request) | {"days_left": view.days_left, "held_by": list(view.held_by)}
 
 
 @command("show", "-m model T-17", group=request)
@@ -233,13 +227,13 @@ def _shown(model: Model, view: RequestView) -> Result:
 
 def request_shown(view: RequestView) -> Result:
     request = view.request
-    lines = [_line(view)]
+    lines = [view_line(view)]
     lines += [f"  reason: {request.reason}"] if request.reason else []
     lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
     if request.committed_at:
         lines += [f"  record-epochs of its batch: {retrained(request)}", *meanwhile(request)]
     lines += probed(request.probed)
-    return Result(_body(view) | {"events": [asdict(each) for each in view.events]}, lines)
+    return Result(view_body(view) | {"events": [asdict(each) for each in view.events]}, lines)
 
 
 @command("approve", "-m model T-17 --approver dpo", group=request)
@@ -348,7 +342,7 @@ def ran(
         + (f", {counted(each.exports_erased, 'export')} erased" if each.exports_erased else "")
         for each in done
     ] or ["no request can be run" if on_hold else "no request waits to be run"]
-    lines += [_line(each) for each in on_hold]
+    lines += [view_line(each) for each in on_hold]
     body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
     body |= {"on_hold": [each.request.request_id for each in on_hold]}
     hints = [line for each in done for line in base_hint(each, directory)]

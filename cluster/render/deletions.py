@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sisa.core.ports import KeptVersions
     from sisa.core.requests import Probed
     from sisa.flows.deletion import ForgetOutcome, ForgetPlan
+    from sisa.flows.requests import RequestView
 
 
 def request_line(request: Request, more: str = "") -> str:
@@ -26,12 +27,19 @@ def request_line(request: Request, more: str = "") -> str:
     return f"{request.request_id}{name}: {request.state}, {counted(request.num_records, 'record')}{more}"
 
 
-def due_in(request: Request, days: int) -> str:
-    """Return when a request arrived and is due, for its line; nothing of a closed one."""
+def view_line(view: RequestView) -> str:
+    """Return a request in one line, with when it arrived, when it is due, and what it waits for."""
+    request = view.request
     if request.state in CLOSED:
-        return ""
+        return request_line(request)
     arrived = f", received on {request.received_on}" if request.received_on else ""
-    return f"{arrived}, due {request.due}, {time_left(days)}"
+    holds = f", waits for the legal hold of {', '.join(view.held_by)}" if view.held_by else ""
+    return request_line(request, f"{arrived}, due {request.due}, {time_left(view.days_left)}{holds}")
+
+
+def view_body(view: RequestView) -> dict[str, Any]:
+    """Return a request with its days left and the holds that it waits for, as JSON values."""
+    return asdict(view.request) | {"days_left": view.days_left, "held_by": list(view.held_by)}
 
 
 def retrained(of: Request | ForgetPlan) -> str:

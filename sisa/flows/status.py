@@ -13,7 +13,6 @@ from typing import Literal
 from sisa.core.domain import Export, Kind, WitnessHead
 from sisa.core.errors import IntegrityError
 from sisa.core.ledger_meta import TRAINED_ANEW
-from sisa.core.requests import Request
 from sisa.flows.answers.ask import prompt_form
 from sisa.flows.answers.routing import HeldPrompts, held_prompts
 from sisa.flows.context.consistency import BEGINNING
@@ -21,6 +20,7 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
 from sisa.flows.context.stale_exports import export_standing
+from sisa.flows.requests import RequestView, views
 from sisa.flows.restored_backup import WitnessStanding, witness_standing
 from sisa.flows.wiring.ledger_place import ledger_name
 from sisa.planning.cost import full_record_epochs
@@ -90,9 +90,8 @@ class Status:
     embedder: str
     schedule: str
     shards: tuple[ShardStatus, ...]
-    requests: tuple[Request, ...]
+    requests: tuple[RequestView, ...]
     sizes_bytes: dict[str, int]
-    as_of: str  # when this was read
     witness: tuple[str, WitnessStanding] = ("", "absent")  # its location, and its standing
     event_head: WitnessHead = BEGINNING  # the last link of the event log, and how many events
     exports: tuple[ExportStatus, ...] = ()
@@ -118,8 +117,8 @@ def status_of(context: Context, directory: Path, base: str, embedder: str) -> St
     sizes = {area: context.stores.blobs[area].num_bytes("") for area in areas}
     ledger, recipe, own = context.stores.ledger, context.recipe, context.settings.config.sisa
     with ledger.snapshot():
-        views = view_shards(context, [head.shard for head in ledger.heads()])
-        full = full_record_epochs(views, recipe)
+        shards = view_shards(context, [head.shard for head in ledger.heads()])
+        full = full_record_epochs(shards, recipe)
         return Status(
             directory=str(directory),
             records=sum(ledger.counts().values()),
@@ -130,19 +129,18 @@ def status_of(context: Context, directory: Path, base: str, embedder: str) -> St
             embedder=embedder,
             schedule=own.schedule,
             shards=tuple(shard_statuses(context)),
-            requests=tuple(ledger.requests()),
-            as_of=context.now(),
+            requests=tuple(views(context)),
             exports=exports,
             sizes_bytes={ledger_name(directory): ledger.num_bytes(), **sizes},
             witness=(context.stores.witness.location(), witness_standing(context)),
             event_head=ledger.event_head(),
             num_orders=1 + len(recipe.other_orders),
-            serving_depth=serving_depth(served_heads(ledger), views),
+            serving_depth=serving_depth(served_heads(ledger), shards),
             record_epochs_full=full,
             checkpoint_budget_bytes=own.checkpoint_budget_bytes,
             records_without_subject=ledger.num_without_subject()[0],
-            checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-            record_epochs_others=full_record_epochs(views, recipe, recipe.other_orders) - full,
+            checkpoint_bytes=sum(each.num_bytes for shard in shards for each in shard.held),
+            record_epochs_others=full_record_epochs(shards, recipe, recipe.other_orders) - full,
             form=prompt_form(context),
             prompts=prompts,
             restricted_subjects=len(restrictions(ledger).since),

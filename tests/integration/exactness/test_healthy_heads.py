@@ -125,8 +125,8 @@ def test_a_cut_deletion_is_erased_and_completed_by_a_move(tiny: Tiny) -> None:
     change_run(tiny.run_file, **LAYOUT)
     states: list[str] = []
     tiny.train(
-        looking(lambda: states.extend(r.state for r in tiny.open().status().requests)),
+        looking(lambda: states.extend(r.request.state for r in tiny.open().status().requests)),
         accept_differences=True,
     )
     assert states == ["erased"]
-    assert [each.state for each in tiny.open().status().requests] == ["completed"]
+    assert [each.request.state for each in tiny.open().status().requests] == ["completed"]

@@ -24,6 +24,7 @@ from sisa.flows.answers.routing import HeldPrompts
 from sisa.flows.candidates import Candidate
 from sisa.flows.ingest import Taken
 from sisa.flows.locations import Location, PatchTouch, Touch
+from sisa.flows.requests import RequestView
 from sisa.flows.status import ExportStatus, ShardStatus, Status
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
@@ -45,9 +46,8 @@ def shard(number: int, head: str | None) -> ShardStatus:
 STATUS = Status(
     "model", 8, 2, "digest", "base", "b" * 64, "hashing", "cumulative",
     (shard(0, "k" * 64), shard(1, None)),
-    (Request("req-1", "2026-01-01", "2026-02-01", 2, external_id="T-1"),),
+    (RequestView(Request("req-1", "2026-01-01", "2026-02-01", 2, external_id="T-1"), -3, ()),),
     {"records": 2048},
-    "2026-02-04T09:00:00+00:00",
 )  # fmt: skip
 
 

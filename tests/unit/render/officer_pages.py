@@ -87,9 +87,8 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
             embedder="hashing",
             schedule="cumulative",
             shards=shards,
-            requests=tuple(each.request for each in requests),
+            requests=tuple(requests),
             sizes_bytes={},
-            as_of=NOW,
             witness=(f"/witness/{words}", "absent"),
             event_head=WitnessHead("e" * 64, 12),
             exports=(

@@ -28,9 +28,7 @@ def shard(number: int, head: str | None, *counts: int, converged: bool = True) -
 
 def status(*shards: ShardStatus) -> Status:
     records = sum(each.records for each in shards)
-    return Status(
-        "model", records, 0, "digest", "base", "b", "hashing", "cumulative", shards, (), {}, ""
-    )
+    return Status("model", records, 0, "digest", "base", "b", "hashing", "cumulative", shards, (), {})
 
 
 BEFORE = status(shard(0, "aa", 5, 10, 15), shard(1, "bb", 5, 5, 5))

@@ -27,6 +27,7 @@ NUM_RECORDS, NUM_DELETED, NUM_EACH = 64, 8, num_examples(6, share=2)
 RECORDS = [fake_record(number, f"subject-{number % 16}") for number in range(NUM_RECORDS)]
 SUBMIT = """
 import sys
+from sisa.flows.requests import Terms
 from sisa.model import Model
 model = Model(sys.argv[1], executor="serial")
 for number in map(int, sys.argv[2:]):

@@ -43,7 +43,7 @@ def status_is_of_one_state(model: Model) -> None:
     status = model.status()
     assert status.records == sum(shard.records for shard in status.shards)
     assert status.records + status.deleted_records == NUM_RECORDS
-    assert sum(request.num_records for request in status.requests) == status.deleted_records
+    assert sum(each.request.num_records for each in status.requests) == status.deleted_records
 
 
 def where_is_of_one_state(model: Model) -> None:
