@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_the_service_keeps_its_document(
         case.call_and_validate(headers=HEADERS, excluded_checks=BEYOND)
 
     check()
+
+
+def test_no_endpoint_is_shadowed_by_one_before_it(document: BaseSchema) -> None:
+    """Of `/requests/{id}` and `/requests/due`, the first that was added gets what both match."""
+    added: list[tuple[str, set[str]]] = []
+    for path, operations in document.raw_schema["paths"].items():
+        for earlier, methods in added:
+            pattern = re.sub(r"\\{.+?\\}", "[^/]+", re.escape(earlier))
+            assert not (methods & set(operations) and re.fullmatch(pattern, path)), (earlier, path)
+        added.append((path, set(operations)))
 
 
 def test_every_operation_is_described(document: BaseSchema) -> None:
