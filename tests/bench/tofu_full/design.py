@@ -72,7 +72,7 @@ class Design:
     facts: int = 100
     wrong_answers: int = 5
     max_new_tokens: int = 64
-    methods: tuple[str, ...] = ("npo", "simnpo", "graddiff", "kl_minimisation")
+    methods: tuple[str, ...] = ("npo", "simnpo", "graddiff", "kl_minimisation", "pdu", "undial")
     budgets: tuple[float, ...] = (0.05, 0.2)
     method_rates: tuple[float, ...] = (2e-3, 8e-3)
     method_batch: int = 8
