@@ -68,6 +68,11 @@ def recorded(name: str) -> Json:
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def endured(name: str) -> Json:
+    """Return what the last endurance run of a name recorded: `tests/endurance/NAME.json`."""
+    return recorded(f"../endurance/{name}")
+
+
 def reference() -> Iterator[str]:
     """Yield the table of all keys of the run file."""
     schema = json_schema()
@@ -104,9 +109,7 @@ def results() -> Iterator[str]:
     last = shares["bands: the labelled in the last 4 slices", 8, 8]["one_labelled"]["measured"]
     largest = recorded("scale/rollback")["sizes"][-1]
     ratios = recorded("training/race")["ratios"]
-    kills, encrypted, soak = (
-        recorded(f"../endurance/{name}") for name in ("kills", "kills_encrypted", "soak")
-    )
+    kills, encrypted, soak = map(endured, ("kills", "kills_encrypted", "soak"))
 
     def faster(ours: str) -> str:
         rows = [row for row in ratios if row["ours"] == ours and row["theirs"] == "all"]
@@ -144,36 +147,35 @@ def results() -> Iterator[str]:
 def endurance() -> Iterator[str]:
     """Yield the table of the last endurance runs."""
     names = ("kills", "kills_encrypted", "soak", "fuzz", "service", "nodes", "rollout")
-    plain, encrypted, soak, fuzz, service, nodes, rollout = (
-        recorded(f"../endurance/{name}") for name in names
-    )
+    plain, encrypted, soak, fuzz, service, nodes, rollout = map(endured, names)
     answers = f"{service['answers']:,} answers"
     lines = [
-        ("kills --kills 200", f"{plain['kills']} kills", plain["failures"]),
-        ("kills --kills 200 --encrypt", f"{encrypted['kills']} kills", encrypted["failures"]),
-        ("soak --requests 500", f"{soak['requests']} requests, {soak['kills']} kills", soak["failures"]),
-        ("fuzz --inputs 10000 --workers 2", f"{fuzz['inputs']:,} inputs", fuzz["failures"]),
+        ("kills --kills 200", f"{plain['kills']} kills", len(plain["failures"])),
+        ("kills --kills 200 --encrypt", f"{encrypted['kills']} kills", len(encrypted["failures"])),
+        (
+            "soak --requests 500",
+            f"{soak['requests']} requests, {soak['kills']} kills",
+            len(soak["failures"]),
+        ),
+        ("fuzz --inputs 10000 --workers 2", f"{fuzz['inputs']:,} inputs", len(fuzz["failures"])),
         (
             "service --minutes 10 --deletions 100",
             f"{service['deletions']} deletions, {answers}, {sum(service['kills'].values())} kills",
-            service["failures"],
+            len(service["failures"]),
         ),
         (
             "nodes --seconds 600",
             f"{nodes['rounds']} trainings, {sum(nodes['kills'].values())} kills of nodes and workers",
-            nodes["failures"],
+            len(nodes["failures"]),
         ),
         (
             "rollout --deletions 6",
             f"{rollout['deletions']} deletions: new heads on each node after "
             f"{rollout['seconds_to_clean_heads']['median']:.1f} s (median)",
-            range(rollout["answers_by_former_heads"]),
+            rollout["answers_by_former_heads"],
         ),
     ]
-    cells = [
-        (f"`python -m tests.endurance.{command}`", done, len(failures))
-        for command, done, failures in lines
-    ]
+    cells = [(f"`python -m tests.endurance.{command}`", *rest) for command, *rest in lines]
     yield from markdown(("command", "its last run", "failures"), cells)
 
 

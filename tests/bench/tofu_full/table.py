@@ -65,6 +65,7 @@ STATES = {  # in the table, and in the plot
 MARKERS = "^vDPhp<>d8H"  # of methods
 MEMORISED = ("forget", "exact_memorisation", "value")
 UTILITY = ("model_utility", "value")
+SHARE = ("share_of_training",)
 CROWDED = 12  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
 
@@ -301,15 +302,24 @@ def trials_table(found: Json) -> Iterator[str]:
     yield from markdown(header, lines)
 
 
+def _runs(found: Json, split: ForgetSplit) -> dict[tuple[str, str], list[Json]]:
+    """Return the rows of one forget set by layout or kind, and state."""
+    runs: dict[tuple[str, str], list[Json]] = {}
+    for row in found["rows"]:
+        if row["split"] == split:
+            runs.setdefault((row["layout"] or row["kind"], row["state"]), []).append(row)
+    return runs
+
+
 def deletions_table(found: Json) -> Iterator[str]:
     """Yield what the exact deletion of each forget set took, and what is left of the set."""
     lines = []
     for split in SHARES:
-        by_state = {(some[0]["layout"], some[0]["state"]): some for _, some in groups(found, split)}
-        base = by_state.get((None, "base"), [])
-        for (layout, state), after in by_state.items():
+        runs = _runs(found, split)
+        base = runs.get(("base", "base"), [])
+        for (layout, state), after in runs.items():
             if state == "deleted":
-                before = by_state.get((layout, "trained on all"), [])
+                before = runs.get((layout, "trained on all"), [])
                 cells = [
                     *(layout, split, str(len(after))),
                     _mean(after, "share_of_training", form=".1%"),
@@ -326,22 +336,17 @@ def deletions_table(found: Json) -> Iterator[str]:
     yield from markdown(header, lines)
 
 
-def headlines(found: Json, split: ForgetSplit = "forget10") -> Iterator[tuple[str, str]]:
-    """Yield what the front page says, as means over keys and seeds: what was measured, the result."""
-    runs: dict[tuple[str, str, str], list[Json]] = {}
-    for row in found["rows"]:
-        runs.setdefault((row["split"], row["layout"] or row["kind"], row["state"]), []).append(row)
+def headlines(found: Json) -> Iterator[tuple[str, str]]:
+    """Yield what the front page says, as means over keys and seeds: what was measured, the result.
 
-    def mean(name: str, state: str, path: Sequence[str], of: ForgetSplit = split) -> float:
-        return _middle(runs[of, name, state], path) or 0.0
-
-    def left(name: str, state: str) -> str:
-        return f"{mean(name, state, MEMORISED):.0%} ({mean(name, state, UTILITY):.2f})"
-
-    layouts = list(dict.fromkeys(row["layout"] for row in found["rows"] if row["layout"]))
+    Raise KeyError or ValueError where a figure is missing.
+    """
+    by_split = {split: _runs(found, split) for split in SHARES}
+    runs = by_split["forget10"]
+    layouts = [name for name, state in runs if state == "deleted"]
     shares = [
         f"{layout}: "
-        + ", ".join(f"{mean(layout, 'deleted', ('share_of_training',), each):.2f}" for each in SHARES)
+        + ", ".join(f"{_known(each[layout, 'deleted'], SHARE):.2f}" for each in by_split.values())
         for layout in layouts
     ]
     shares += [
@@ -349,22 +354,24 @@ def headlines(found: Json, split: ForgetSplit = "forget10") -> Iterator[tuple[st
         for each in found["equal"]
     ]
     yield f"TOFU's {', '.join(SHARES)}, each in one request: share of a training", "; ".join(shares)
-    patched = runs[split, "method", "unlearned"]
-    useful = [row for row in patched if round(row["model_utility"]["value"], 2)]
-    patches = " ".join(
-        form.format(low_to_high([_at(row, path) or 0.0 for row in useful], spec))
-        for path, spec, form in ((MEMORISED, ".0%", "{}"), (UTILITY, ".2f", "({})"))
-    )
-    methods = ", ".join(dict.fromkeys(row["method"] for row in useful))
+
+    def left(name: str, state: str) -> str:
+        some = runs[name, state]
+        return f"{_known(some, MEMORISED):.0%} ({_known(some, UTILITY):.2f})"
+
+    useful = [row for row in runs["method", "unlearned"] if round(_known([row], UTILITY), 2)]
+    memorised, utility = ([_known([row], path) for row in useful] for path in (MEMORISED, UTILITY))
+    patches = f"{low_to_high(memorised, '.0%')} ({low_to_high(utility, '.2f')})"
+    names = dict.fromkeys(row["method"] for row in useful)
     first = layouts[0]
     results = (
         f"**{left(first, 'deleted')}** after the deletion, {left(first, 'trained on all')} before "
         f"({first})",
         f"the base {left('base', 'base')}",
         f"one LoRA {left('lora', 'trained on all')}, {left('lora', 'trained without')} trained without "
-        f"them, {patches} after {methods}, where they leave a model",
+        f"them, {patches} after {', '.join(names)}, where they leave a model",
     )
-    yield f"tokens of {split}'s answers that the model predicts (its utility)", "; ".join(results)
+    yield "tokens of forget10's answers that the model predicts (its utility)", "; ".join(results)
 
 
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
@@ -492,6 +499,14 @@ def _draw_attacks(axis: Any, models: Sequence[tuple[str, list[Json]]]) -> None:
     axis.set_visible(bool(attacked))
     axis.set_ylabel("probability of a forgotten answer\n(best of k samples: ROUGE-L recall)")
     axis.set_ylim(bottom=0)
+
+
+def _known(some: Sequence[Json], path: Sequence[str]) -> float:
+    """Return the mean of a value over rows. Raise ValueError where no row has it."""
+    value = _middle(some, path)
+    if value is None:
+        raise ValueError(f"no {path[0]} of {some[0]['name']}")
+    return value
 
 
 def _middle(some: Sequence[Json], path: Sequence[str]) -> float | None:
