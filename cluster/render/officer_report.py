@@ -51,17 +51,8 @@ WITNESS_STEP = {
 OF_SHARD = ("shard", "records", "head", "adapter_sha256", "depth", "num_stages", "converged")
 OF_REQUEST = (
     *("request_id", "external_id", "state", "regime", "created_at", "received_on", "due"),
-    *(
-        "num_records",
-        "reason",
-        "submitter",
-        "approver",
-        "extension",
-        "num_copies",
-        "copies_included",
-        "committed_at",
-        "shards",
-    ),
+    *("num_records", "reason", "submitter", "approver", "extension", "num_copies", "copies_included"),
+    *("committed_at", "shards"),
     *("cause", "record_epochs_retrained", "record_epochs_full", "record_epochs_others", "seconds"),
     *("serving_depth", "exports_erased", "model_digest_before", "model_digest_after"),
 )
@@ -168,10 +159,13 @@ class Facts:
     storage: str | None
     status: Status
     standings: Mapping[int, Sequence[SliceStanding]]
-    requests: Sequence[RequestView]
     patches: Sequence[Patch] = ()
     vault: Sequence[VaultSet] = ()
     evidence: Evidence | None = None  # None: the model has no keys of evidence
+
+    @property
+    def requests(self) -> Sequence[RequestView]:
+        return self.status.requests
 
 
 def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
@@ -191,7 +185,7 @@ def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
 def _read_once(model: Model, now: str, made_by: str) -> Facts:
     from sisa.unlearn import patches
 
-    status, requests, (made, vault, _) = model.status(), model.requests(), patches(model)
+    status, (made, vault, _) = model.status(), patches(model)
     return Facts(
         made_at=now,
         made_by=made_by,
@@ -201,10 +195,9 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
         storage=model.config.storage,
         status=status,
         standings=model.slice_standings(),
-        requests=requests,
         patches=made,
         vault=vault,
-        evidence=_read_evidence(model, requests),
+        evidence=_read_evidence(model, status.requests),
     )
 
 

@@ -98,7 +98,6 @@ def facts(num_shards: int = 4, num_slices: int = 4, words: str = "as given") -> 
             record_epochs_full=90,
         ),
         standings=standings,
-        requests=requests,
         patches=[Patch(1, job, "active", NOW, NOW, request_id="req-a", report={"outcome": words})],
         vault=[VaultSet("set", "forget", 2, words, NOW, "s", 9)],
         evidence=Evidence(
@@ -117,8 +116,13 @@ def bare() -> Facts:
     """Return facts of a model without requests, exports, patches and shards."""
     full = facts(0)
     status = replace(full.status, requests=(), exports=(), witness=("/w", "current"))
-    bare = replace(full, status=status, requests=[], patches=[], vault=[], storage=None, made_by="")
+    bare = replace(full, status=status, patches=[], vault=[], storage=None, made_by="")
     return replace(bare, evidence=Evidence())
+
+
+def with_requests(*requests: RequestView) -> Facts:
+    full = facts()
+    return replace(full, status=replace(full.status, requests=requests))
 
 
 def with_evidence(**values: Any) -> Facts:

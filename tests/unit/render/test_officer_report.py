@@ -28,6 +28,7 @@ from tests.unit.render.officer_pages import (
     request,
     style,
     with_evidence,
+    with_requests,
 )
 
 
@@ -73,7 +74,7 @@ def test_what_people_wrote_changes_nothing_but_text(words: str) -> None:
 
 
 def test_a_consent_is_recorded_and_not_quoted() -> None:
-    found = report_body(replace(facts(), requests=[request("a", "as given")]))
+    found = report_body(with_requests(request("a", "as given")))
     assert found["requests"][0]["consent_recorded"] is True
     assert "consent" not in found["requests"][0]
 
@@ -169,9 +170,9 @@ def test_evidence_that_is_wrong_needs_somebody(found: Facts, what: str, severity
 def test_a_request_that_was_closed_late_says_so() -> None:
     late = request("a", state="completed")
     late = replace(late, request=replace(late.request, due="2026-01-31", received_on="2025-12-31"))
-    (found,) = report_body(replace(facts(), requests=[late]))["requests"]
+    (found,) = report_body(with_requests(late))["requests"]
     assert (found["days_left"], found["on_time"]) == (None, False)
-    page = html(replace(facts(), requests=[late]))
+    page = html(with_requests(late))
     assert "closed after its due date" in page
     assert "on 2025-12-31, entered" in page
 
