@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,11 +191,20 @@ def _check_form(statement: Mapping[str, Any]) -> None:
     """Raise Refused unless a statement of a documented type has the form that its schema describes."""
     from sisa.verifier.envelope import check_form
 
+    if form := _documented_forms().get(statement["predicateType"]):
+        check_form(statement["predicate"], "the statement", form)
+
+
+@cache
+def _documented_forms() -> dict[str, Any]:
+    """Return the form of each documented type of statement."""
     schema = json.loads((resources.files("sisa.evidence") / "schemas/statements.json").read_bytes())
-    for each in (kind["properties"] for kind in schema["oneOf"]):
-        if statement["predicateType"] in each["predicateType"]["enum"]:
-            form = _form(each["predicate"], schema["$defs"])
-            check_form(statement["predicate"], "the statement", form)
+    kinds = [each["properties"] for each in schema["oneOf"]]
+    return {
+        name: _form(each["predicate"], schema["$defs"])
+        for each in kinds
+        for name in each["predicateType"]["enum"]
+    }
 
 
 def _form(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Any:

@@ -69,10 +69,12 @@ def check_held(held: Path, feed_file: Path, key_file: Path, seen: str | None, lo
         )
     keys = read_public_keys(key_file)
     feed = verify_feed(read_bytes(feed_file), keys)
-    kept = NONE_SEEN
-    if seen is not None:
-        number = {"sequence": int(seen)} if seen.isdecimal() else None
-        kept = NONE_SEEN | number if number else verify_feed(read_bytes(Path(seen)), keys)
+    if seen is None:
+        kept = NONE_SEEN
+    elif seen.isdecimal():
+        kept = NONE_SEEN | {"sequence": int(seen)}
+    else:
+        kept = verify_feed(read_bytes(Path(seen)), keys)
     check_present(feed, datetime.now(UTC), kept)
     if log is not None:
         _check_complete(feed, log, keys)

@@ -81,7 +81,7 @@ def check_signature(data: bytes, digests: Mapping[str, str], public: ec.Elliptic
     signed, found = signed_files(data, public), _signable(digests)
     if differing := sorted(name for name, _ in signed.items() ^ found.items()):
         got = ", ".join(dict.fromkeys(differing))
-        raise Refused("the files are not those that were signed", "", f"{got} differ", SIGNATURE)
+        raise Refused("the files are not those that were signed", got=f"{got} differ", where=SIGNATURE)
 
 
 def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, str]:
@@ -96,7 +96,9 @@ def signed_files(data: bytes, public: ec.EllipticCurvePublicKey) -> dict[str, st
         public.verify(signature, pae(PAYLOAD_TYPE, payload), _ECDSA)
     except (AttributeError, LookupError, TypeError, ValueError, InvalidSignature) as error:
         got = type(error).__name__
-        raise Refused("the export's signature is malformed, or wrong", "", got, SIGNATURE) from None
+        raise Refused(
+            "the export's signature is malformed, or wrong", got=got, where=SIGNATURE
+        ) from None
     if form != (payload, data):
         raise Refused("the export's signature is another key's, or of another form", where=SIGNATURE)
     return signed
