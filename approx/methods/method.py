@@ -1,6 +1,6 @@
 """The interface of a method of approximate unlearning: hyper-parameters, a pure loss, and a run.
 
-    method.apply(Run(target, sets, settings, bounds))     # steps down the loss, unless it says otherwise
+    method.apply(Run(target, sets, pace, bounds))     # steps down the loss, unless it says otherwise
 
 Shapes: B examples, T positions, V words, as in `approx.evaluation.answers`; N answer tokens of the
 whole batch.

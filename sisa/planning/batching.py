@@ -76,7 +76,8 @@ def choose(
     names = tuple(name for name, _ in requests)
     if not requests:
         return RunPlan((), "nothing to do", "no approved request waits", None, 0.0, 0.0, 0.0)
-    patience = min(left for _, left in requests) - MARGIN_DAYS
+    days_left = min(left for _, left in requests)
+    patience = days_left - MARGIN_DAYS
     arrivals = arrivals_per_day * max(0, patience)
     now, waiting = price(shards, arrivals)
     run_by = (date.fromisoformat(day) + timedelta(days=max(0, patience))).isoformat()
@@ -84,8 +85,8 @@ def choose(
     choice: Choice = "run now"
     why = f"waiting would save {100 * saving:.0f}% of the expected cost"
     if patience <= 0:
-        late = patience + MARGIN_DAYS < 0
-        why = "a request is overdue" if late else f"a request is due within {MARGIN_DAYS} days"
+        due = f"due within {MARGIN_DAYS} days" if days_left >= 0 else "overdue"
+        why = f"a request is {due}"
     elif saving >= WORTH_WAITING:
         choice = "wait"
         why = f"waiting until {run_by} saves {100 * saving:.0f}% of the expected cost"
