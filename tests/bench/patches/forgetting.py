@@ -1,15 +1,15 @@
 """Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
     python -m tests.bench.patches.forgetting --tiny --out tests/bench/patches/forgetting_tiny.json
-    python -m tests.bench.patches.forgetting --data data --people-of rwku --people 5 \\
-        --retain written --out tests/bench/patches/forgetting.json
+    python -m tests.bench.patches.forgetting --data data --people-of tofu --people 5 \\
+        --retain written --out tests/bench/patches/forgetting_tofu.json
 
 A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors or RWKU's
 people. A patch with the defaults of `sisa approx unlearn` should remove one of them: rounds end when the
 probe knows none of the records and their probability has halved, or when the bound on utility stops
 them. The result has the report and what the base then knows of the others, who are in the retain set
-`given` and not in `written`. It is written after every patch, and the same command on the same machine
-continues it.
+`given` and not in `written`. It is written after every patch, and the same command continues it, on
+another machine, too; several commands with other methods may fill one file.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base.
@@ -104,50 +104,51 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
     values = {} if given.rounds is None else {"num_rounds": given.rounds}
-    header = {
-        **here("tiny" if given.tiny else given.base_model),
-        "people_of": given.people_of if given.data else "invented",
-        "people": given.people,
-        "rounds": given.rounds,
-        "taught": taught,
-    }
-    held = read(given.out)
-    same = all(held.get(name) == value for name, value in header.items())
-    found = {**header, "rows": held["rows"] if same and held else []}
-    done = [(row["method"], row["retain"]) for row in found["rows"]]
+    name = "tiny" if given.tiny else given.base_model
+    design = {"base_model": name, "people": given.people, "rounds": given.rounds}
+    design["people_of"] = given.people_of if given.data else "invented"
+
+    def rows() -> list[Any]:
+        held = read(given.out)
+        same = all(held.get(key) == value for key, value in design.items())
+        return held["rows"] if held and same else []
+
     for method, retain in product(given.method or sorted(METHODS), given.retain or RETAIN):
-        if (method, retain) not in done:
+        if (method, retain) not in [(row["method"], row["retain"]) for row in rows()]:
             place = folder / f"{method}-{retain}"
             row = forget(place, knowing, people, method, retain, adapter, values)
-            found["rows"].append(row)
+            write(given.out, {**design, "rows": [*rows(), {**row, **here(), "taught": taught}]})
             print(method, retain, row["outcome"], row["still_known"], flush=True)
-            write(given.out, found)
-    return found
+    return {**design, "rows": rows()}
+
+
+def _relearnt(row: Mapping[str, Any]) -> float:
+    """Return the probability of what was forgotten after three steps of training on it."""
+    return float(row["robustness"]["relearning"]["3"])
 
 
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what patches with the default settings leave known."""
+    """Yield what patches with the default settings leave known; what comes back least stands first."""
     lines = []
     for found in of_bases:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
-        for row in found["rows"]:
+        for row in sorted(found["rows"], key=_relearnt):
             known, others = row["still_known"], row["others_known"]
-            relearnt = row["robustness"]["relearning"].get("3")
             before, after = row["metrics_before"], row["metrics_after"]
             lines.append(
                 (
-                    base,
+                    f"{base}, {found['people_of']}",
                     row["method"],
                     row["retain"],
                     row["outcome"],
                     f"{known['after']} of {known['before']}",
                     f"{before['forget_probability']:.2f} to {after['forget_probability']:.2f}",
-                    "-" if relearnt is None else f"{relearnt:.2f}",
+                    f"{_relearnt(row):.2f}",
                     f"{row['utility_before']:.2f} to {row['utility']:.2f}",
                     f"{others['after']} of {others['before']}",
                 )
             )
-    header = ("base", "method", "retain set", "outcome", "still known", "their probability")
+    header = ("base, people", "method", "retain set", "outcome", "still known", "their probability")
     yield from markdown((*header, "after 3 steps on them", "utility", "others still known"), lines)
 
 
