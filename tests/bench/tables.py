@@ -225,6 +225,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "tests/bench/tofu_full/README.md": {
         "tofu-full-trials": of("tofu_full/tofu_full", tofu_full.trials_table),
         "tofu-full": of("tofu_full/tofu_full", tofu_full.table),
+        "tofu-full-intervals": of("tofu_full/tofu_full", tofu_full.intervals_table),
         "tofu-full-deletions": of("tofu_full/tofu_full", tofu_full.deletions_table),
         "tofu-full-nine": of("tofu_full/tofu_full", tofu_full.nine_table),
         "tofu-methods": of("tofu_full/methods", tofu_full.table),

@@ -66,6 +66,14 @@ MARKERS = "^vDPhp<>d8H"  # of methods
 MEMORISED = ("forget", "exact_memorisation", "value")
 UTILITY = ("model_utility", "value")
 SHARE = ("share_of_training",)
+INTERVALS = {  # of means over questions
+    "tokens of forgotten answers": MEMORISED[:-1],
+    "their ends": ("forget", "extraction_strength"),
+    "an attacked answer": ("attacked", "as_it_is"),
+    "relearnt, in domain": ("attacked", "relearnt_in_domain"),
+    "retained answers": ("nine", "probability retain"),
+    "utility": UTILITY[:-1],
+}
 CROWDED = 12  # models in a plot: if there are more, the legend alone names methods
 Json = dict[str, Any]
 
@@ -385,6 +393,33 @@ def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
     yield from markdown(header, lines) if lines else ["No model has been asked yet."]
 
 
+def intervals_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
+    """Yield what each model still knows and keeps, with 95% intervals over questions.
+
+    Of several runs the interval is from the lowest to the highest.
+    """
+    lines = [
+        (name, *(_with_interval(some, path) for path in INTERVALS.values()))
+        for name, some in groups(found, split)
+        if all(row["forget"] for row in some)
+    ]
+    yield from markdown(("model", *INTERVALS), lines) if lines else ["No model has been asked yet."]
+
+
+def _with_interval(some: Sequence[Json], path: Sequence[str]) -> str:
+    mean = _middle(some, (*path, "value"))
+    if mean is None:
+        return "-"
+    bounds = [_at(row, (*path, end)) for row in some for end in ("low", "high")]
+    known = [each for each in bounds if each is not None]
+    return f"{mean:{_form(mean)}} ({low_to_high(known, _form(mean))})"
+
+
+def _form(value: float) -> str:
+    """Return the form in which a value is shown: a small one by its power of ten."""
+    return ".2f" if value >= 0.005 or value == 0 else ".0e"
+
+
 def _cells(name: str, some: Sequence[Json]) -> list[str]:
     p, d = (_mean(some, "forget_quality", each) for each in ("p_value", "statistic"))
     return [
@@ -411,7 +446,7 @@ def _mean(some: Sequence[Json], *path: str, form: str = "") -> str:
     if not known or (len(known) < len(values) and some[0]["state"] != "trained without"):
         return "-"
     half, mean = (max(known) - min(known)) / 2, fmean(known)
-    form = form or (".2f" if mean >= 0.005 or mean == 0 else ".0e")
+    form = form or _form(mean)
     spread = f" ± {half:{form if half else form.replace('.0e', '.0f')}}"
     return f"{mean:{form}}" + (spread if len(known) > 1 else "")
 
