@@ -20,6 +20,7 @@ tree gives all of its records new dates.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -58,12 +59,18 @@ CREATE TABLE IF NOT EXISTS taken (
 CREATE TABLE IF NOT EXISTS tree (name TEXT PRIMARY KEY, value BLOB) STRICT, WITHOUT ROWID;
 """
 _KEY, _ROOT = "key", "root"  # rows of `tree`
+_NODE = re.compile(f"[01]{{0,{LABEL_BITS - 1}}}")  # prefix of an inner node
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("label", "id_digest", "hash", "value"), bytes),
+    **dict.fromkeys(("since", "prefix", "root"), str),
+    **dict.fromkeys(("shard", "slice", "num_records"), int),
+}
 
 Row = tuple[bytes, bytes, int, int, str]  # of `leaves`
 
 
 class DamagedTree(ValueError):
-    """Raised for rows of the tree that contradict each other; its words name no row."""
+    """Raised for rows of the tree that are damaged; its words quote no row, which may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,21 @@ class Tree:
 
     db: sqlite3.Connection
 
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of a query. Raise DamagedTree for a cell whose type is not its column's.
+
+        SQLite compares a strict table's types when it writes a cell, and not when it reads one.
+        """
+        found = self.db.execute(query, values)
+        types = [_TYPES[column] for column, *_ in found.description]
+        rows: list[tuple[Any, ...]] = found.fetchall()
+        if any([type(cell) for cell in row] != types for row in rows):
+            raise DamagedTree("a cell of another type")
+        return rows
+
     def get(self, name: str, default: bytes) -> bytes:
-        row = self.db.execute("SELECT value FROM tree WHERE name = ?", (name,)).fetchone()
-        return default if row is None else bytes(row[0])
+        found = self.rows("SELECT value FROM tree WHERE name = ?", name)
+        return found[0][0] if found else default
 
     def put(self, name: str, value: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO tree VALUES (?, ?)", (name, value))
@@ -85,12 +104,12 @@ class Tree:
 
     @property
     def num_records(self) -> int:
-        return int(self.db.execute("SELECT coalesce(sum(num_records), 0) FROM taken").fetchone()[0])
+        return sum(number for (number,) in self.rows("SELECT num_records FROM taken"))
 
     def changed(self, slices: Mapping[SlicePosition, SliceFile]) -> list[SlicePosition]:
         """Return the places of slices that are not as the tree has them."""
         taken = {
-            (shard, slice_): root for shard, slice_, root, _ in self.db.execute("SELECT * FROM taken")
+            tuple(place): root for *place, root in self.rows("SELECT shard, slice, root FROM taken")
         }
         now = {place: file.root for place, file in slices.items()}
         return sorted(place for place in taken.keys() | now.keys() if taken.get(place) != now.get(place))
@@ -106,19 +125,24 @@ class Tree:
     def of_slice(self, place: SlicePosition) -> dict[bytes, Row]:
         """Return the rows of a slice by keyed id."""
         query = "SELECT label, id_digest, shard, slice, since FROM leaves WHERE shard = ? AND slice = ?"
-        return {row[1]: row for row in self.db.execute(query, place)}
+        return {row[1]: row for row in self.rows(query, *place)}
 
     def value(self, label: bytes) -> dict[str, Any] | None:
         """Return the tree's leaf of a label; None if it has none."""
-        row = self.db.execute("SELECT shard, since FROM leaves WHERE label = ?", (label,)).fetchone()
-        return None if row is None else dict(zip(("shard", "since"), row, strict=True))
+        found = self.rows("SELECT shard, since FROM leaves WHERE label = ?", label)
+        return dict(zip(("shard", "since"), found[0], strict=True)) if found else None
 
     def leaves(self, prefix: str, limit: int) -> list[tuple[bytes, bytes]]:
         """Return label and hash of the value of the first leaves below a prefix."""
         query = (
             "SELECT label, shard, since FROM leaves WHERE label BETWEEN ? AND ? ORDER BY label LIMIT ?"
         )
-        rows = self.db.execute(query, (_label(prefix, "0"), _label(prefix, "1"), limit))
+        first, last = _label(prefix, "0"), _label(prefix, "1")
+        rows = self.rows(query, first, last, limit)
+        labels = [label for label, _, _ in rows]
+        below = all(len(each) == LABEL_BYTES and first <= each <= last for each in labels)
+        if not below or labels != sorted(set(labels)):
+            raise DamagedTree("labels that are not in order")
         return [(label, _value_hash(shard, since)) for label, shard, since in rows]
 
     def hash(self, prefix: str = "", changed: Sequence[bytes] = (), *, keep: bool = False) -> bytes:
@@ -127,8 +151,8 @@ class Tree:
         With `keep`, the nodes above changed labels are stored, and nodes that no longer exist removed.
         """
         query = "SELECT hash FROM nodes WHERE prefix = ?"
-        if not changed and (row := self.db.execute(query, (prefix,)).fetchone()):
-            return bytes(row[0])
+        if not changed and (stored := self.rows(query, prefix)):
+            return bytes(stored[0][0])
         few = self.leaves(prefix, BUCKET + 1)
         if len(few) <= BUCKET:
             if keep and changed:
@@ -161,7 +185,9 @@ class Tree:
 
     def check(self) -> None:
         """Raise DamagedTree unless every node is the hash of its children, down to the leaves."""
-        for prefix, stored in self.db.execute("SELECT prefix, hash FROM nodes"):
+        for prefix, stored in self.rows("SELECT prefix, hash FROM nodes"):
+            if not _NODE.fullmatch(prefix):
+                raise DamagedTree("a node of no prefix")
             if node_hash(self.hash(prefix + "0"), self.hash(prefix + "1")) != stored:
                 raise DamagedTree("a node that is not the hash of its children")
         if self.hash() != self.root:
@@ -247,7 +273,7 @@ class Membership:
         """
         slices = _slices(context)
         with self._tree(write=False) as tree:
-            rows = tree.db.execute("SELECT label, id_digest, shard, slice FROM leaves").fetchall()
+            rows = tree.rows("SELECT label, id_digest, shard, slice FROM leaves")
             leaves: dict[SlicePosition, dict[bytes, bytes]] = {place: {} for place in slices}
             for label, id_digest, shard, slice_ in rows:
                 leaves.setdefault((shard, slice_), {})[id_digest] = label
@@ -289,9 +315,6 @@ class Membership:
                 yield tree
         except DamagedTree as error:
             raise damaged_database(self.path, str(error)) from error
-        except (ValueError, TypeError) as error:  # a damaged row may hold anything: it is not quoted
-            got = f"a row that can't be read ({type(error).__name__})"
-            raise damaged_database(self.path, got) from error
 
     def _synced(self, context: Context) -> tuple[str, str]:
         slices = _slices(context)

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing, suppress
 from dataclasses import replace
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,40 @@ def test_a_damaged_table_is_not_built_upon(
     assert answer(kept, 7) is None
     assert answer(kept, 9) == {"shard": shard_of(kept, 9), "since": DAY}
     assert any(isinstance(each, Notice) for each in kept.events) == (table != "taken")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_cell_may_hold_anything(kept: Kept, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage does not keep to the types of columns, to unique keys or to the length of a label."""
+    monkeypatch.setattr(membership, "BUCKET", 2)
+    kept.sync()
+    with closing(sqlite3.connect(kept.tree.path)) as db:
+        columns = [name for _, name, *_ in db.execute(f"PRAGMA table_info({table})")]
+        db.execute(f"CREATE TABLE loose AS SELECT * FROM {table}")  # noqa: S608
+        db.execute(f"DROP TABLE {table}")
+        db.execute(f"ALTER TABLE loose RENAME TO {table}")
+    loose = kept.tree.path.read_bytes()
+    for column, cell in product(columns, (None, 1.5, 2**62, "text", b"x", bytes(32))):
+        kept.tree.path.write_bytes(loose)
+        with closing(sqlite3.connect(kept.tree.path)) as db:
+            db.execute(f"UPDATE {table} SET {column} = ?", (cell,))  # noqa: S608
+            db.commit()
+        with suppress(IntegrityError):
+            kept.tree.check()
+        with suppress(IntegrityError):
+            kept.tree.is_behind(kept.context)
+        with suppress(IntegrityError):
+            assert answer(kept, 7) == {"shard": shard_of(kept, 7), "since": DAY}
+        with suppress(IntegrityError):
+            kept.tree.check_records(kept.context, [0, 1])
+
+
+def test_an_error_of_the_slices_is_no_damage_of_the_tree(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept.tree, "_labels", lambda *_: int("a fault of the code"))
+    with pytest.raises(ValueError, match="a fault of the code"):
+        kept.sync()
 
 
 def test_damage_is_told_without_a_word_of_what_is_damaged(kept: Kept) -> None:
