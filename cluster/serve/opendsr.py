@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import stat
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives import hashes, serialization
@@ -36,13 +37,17 @@ def opendsr_status(state: RequestState) -> DsrStatus | None:
 
 
 def status_body(
-    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, expected: str
+    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, received: str, expected: str
 ) -> dict[str, Any]:
-    """Return the body of a status or a callback; `name` is the `subject_request_id`."""
+    """Return the body of a status or a callback; `name` is the `subject_request_id`.
+
+    OpenDSR has `received_time` in its first response alone; here every status says it, too.
+    """
     return {
         "controller_id": block.controller_id,
         "subject_request_id": name,
         "request_status": status,
+        "received_time": received,
         "expected_completion_time": expected,
     }
 
@@ -70,6 +75,12 @@ def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
         "X-OpenDSR-Processor-Domain": block.domain,
         "X-OpenDSR-Signature": base64.b64encode(signature).decode(),
     }
+
+
+def received_at(request: Request) -> str:
+    """Return the `received_time` of a request: the day on which it arrived, else when it was entered."""
+    found = datetime.fromisoformat(request.received_on or request.created_at)
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).isoformat(timespec="seconds")
 
 
 def expected_by(request: Request) -> str:

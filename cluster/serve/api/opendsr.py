@@ -36,7 +36,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from cluster.serve.api.rights import handed
 from cluster.serve.domain import Service, TheService
-from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, status_body
+from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, received_at, status_body
 from cluster.serve.problems import Refusal
 from cluster.serve.state import Call, Delivery, ServiceState
 from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
@@ -148,7 +148,7 @@ def _submit_erasure(
     terms = Terms(external_id=name, reason="OpenDSR", regime=regime, submitter=caller.name)
     made = caller.view(service.model).submit(subject=subject, terms=terms).request
     state.add_callbacks(made.request_id, asked.status_callback_urls)
-    return expected_by(made), _rfc3339(made.created_at)
+    return expected_by(made), received_at(made)
 
 
 def _submit_access(
@@ -257,7 +257,8 @@ def _status_dsr(
     block = _block(service)
     if found := _erasure(service, caller, subject_request_id):
         status = opendsr_status(found.state if found.state != "failed" else "approved")
-        body = status_body(block, subject_request_id, status, expected_by(found))
+        times = received_at(found), expected_by(found)
+        body = status_body(block, subject_request_id, status, *times)
     else:
         call = _call(service, subject_request_id)
         if caller.shards is not None:  # raises for a person of other shards
@@ -270,7 +271,8 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
     """Return the status of a request for access: completed, with its results until they are fetched."""
     block = _block(service)
     url = f"{http.url.scheme}://{block.domain}{opendsr_router.prefix}/requests/{name}/results"
-    body = status_body(block, name, "completed", _of_seconds(call.at))
+    at = _of_seconds(call.at)
+    body = status_body(block, name, "completed", at, at)
     return body if call.request else {**body, "results_url": url}
 
 
@@ -344,10 +346,6 @@ def _signed(block: OpenDsrBlock, code: int, body: dict[str, Any]) -> Response:
     data = json.dumps(body).encode()
     headers = {**opendsr_headers(block, data), "Cache-Control": "no-store"}
     return Response(data, code, headers, media_type=_JSON)
-
-
-def _rfc3339(time: str) -> str:
-    return datetime.fromisoformat(time).isoformat(timespec="seconds")
 
 
 def _of_seconds(at: float) -> str:

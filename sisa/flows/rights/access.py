@@ -197,6 +197,7 @@ def _requests(
             "regime": request.regime,
             "state": request.state,
             "created_at": request.created_at,
+            "received_on": request.received_on,
             "due": request.due,
             "committed_at": request.committed_at,
             "num_records": count,

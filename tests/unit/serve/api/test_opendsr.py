@@ -25,6 +25,7 @@ from cluster.serve.webhooks import Courier
 from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
 from sisa.config.runfile import parse_run_file
 from sisa.evidence.keys.keys import create_keys
+from sisa.flows.requests import Terms
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
@@ -131,7 +132,8 @@ def test_an_erasure_from_receipt_to_callback(client: TestClient, service: Servic
     assert (made["controller_id"], made["subject_request_id"]) == ("acme", NAME)
     assert client.post("/opendsr/requests", json=asked()).status_code == 201  # the same request
     response = client.get(f"/opendsr/requests/{NAME}")
-    assert verify(client, response.content, response.headers)["request_status"] == "pending"
+    status = verify(client, response.content, response.headers)
+    assert (status["request_status"], status["received_time"]) == ("pending", made["received_time"])
     service.model.decide(NAME, "approved", "dpo")
     service.model.run()
     courier.turn()
@@ -169,6 +171,15 @@ def test_without_the_block_callbacks_are_given_up_and_webhooks_go_on(
     assert ServiceState(service.model.directory).waiting() == []
 
 
+def test_the_status_says_when_a_late_letter_arrived(client: TestClient, service: Service) -> None:
+    day = (datetime.now(UTC).date() - timedelta(days=20)).isoformat()
+    terms = Terms(external_id=NAME, received_on=day)
+    made = service.model.submit(subject="subject-1", terms=terms).request
+    status = client.get(f"/opendsr/requests/{NAME}").json()
+    assert status["received_time"] == f"{day}T00:00:00+00:00"
+    assert status["expected_completion_time"] == f"{made.due}T23:59:59Z"
+
+
 def test_a_pending_request_is_cancelled(client: TestClient) -> None:
     client.post("/opendsr/requests", json=asked(regulation="ccpa"))
     assert client.get(f"/requests/{NAME}").json()["regime"] == "delete-act"
@@ -194,6 +205,7 @@ def test_what_is_held_of_a_person_is_handed_out_once(
     response = client.get(f"/opendsr/requests/{NAME}")
     status = verify(client, response.content, response.headers)
     assert status["request_status"] == "completed"
+    assert status["received_time"] == made["received_time"]
     assert status["results_url"] == f"http://{DOMAIN}/opendsr/requests/{NAME}/results"
     courier.turn()
     ((url, body, headers),) = got

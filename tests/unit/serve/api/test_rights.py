@@ -32,6 +32,7 @@ from sisa.evidence.keys.model_keys import keys_of
 from sisa.flows.context.commit import commit
 from sisa.flows.context.served import restricting, restrictions, served_keys
 from sisa.flows.locations import of_subject
+from sisa.flows.requests import Terms
 from sisa.flows.rights.access import as_file, held_of, row_of
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
@@ -125,6 +126,14 @@ def test_an_access_file_holds_everything_of_a_person_and_nothing_of_others(
     for each in found["records"]:
         assert each["state"] == "trained"
         assert any(touch["is_head"] for touch in each["checkpoints"])
+
+
+def test_an_access_file_says_when_a_late_letter_arrived(model: Path) -> None:
+    opened, day = open_model(model), "2026-01-31"
+    opened.submit([of(WHO)[0].id], terms=Terms(received_on=day))
+    found = json.loads(as_file(opened.access(subject=WHO)))
+    jsonschema.validate(found, FILES)
+    assert [each["received_on"] for each in found["requests"]] == [day]
 
 
 def test_an_access_file_is_for_its_owner_alone_and_overwrites_nothing(
