@@ -241,10 +241,7 @@ def _tested(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audited(statement: Mapping[str, Any]) -> dict[str, Any]:
-    from sisa.verifier.envelope import Among, check_form
-
-    form = {"passed": bool, "at": str, "checks": [Among({"name": str, "result": str})]}
-    stated = check_form(statement["predicate"], "the report of an audit", Among(form))
+    stated = statement["predicate"]
     results = [(each["name"], each["result"]) for each in stated["checks"]]
     ends = {"passed": "passed", "skipped": "warned", "failed": "failed"}
     tests = {ends[end]: [name for name, result in results if result == end] for end in ends}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import AUDIT, STATE
 from sisa.verifier.envelope import verify_envelope
 from tests.integration.evidence.conftest import Operator
+from tests.models.certified import check_statement
 from tests.models.confessing import build, use_fake_resources
 
 
@@ -38,6 +40,16 @@ def test_the_report_is_signed_and_logged(operator: Operator) -> None:
     statement = verify_envelope(found.envelope, operator.keys.public, found.index)
     assert (statement["predicateType"], statement["predicate"]["passed"]) == (AUDIT, True)
     assert statement["predicate"]["shards"] == list(found.shards)
+    check_statement(statement)
+
+
+def test_the_schema_describes_a_report_with_findings(operator: Operator) -> None:
+    kept = operator.keep()
+    operator.directory.joinpath("records", "left-behind").write_text("what nobody lists")
+    shutil.rmtree(operator.log / "statements")
+    found = operator.audit(kept)
+    assert {each.result for each in found.checks} == {"passed", "failed"}
+    check_statement(statement_in(found.envelope))
 
 
 def test_a_signed_statement_that_lacks_facts_is_found(operator: Operator) -> None:
