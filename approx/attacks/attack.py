@@ -10,7 +10,7 @@ comes from the seed. No result holds a text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -40,8 +40,8 @@ class AttackSets:
     Results are about the texts that are `asked`. `taught` are of their kind and `others` of another one;
     relearning trains on either. `holdout` are texts like the asked ones that no model has seen. `also`
     are sets of other questions to the same knowledge, by a name for each. Texts are cut to
-    `sequence_len` tokens. `references` never saw the asked texts; `before` is the model before
-    unlearning.
+    `sequence_len` tokens. `ends` are the tokens that end an answer, by default those of the attacked
+    model. `references` never saw the asked texts; `before` is the model before unlearning.
     """
 
     tokenizer: Any = field(repr=False)
@@ -50,6 +50,7 @@ class AttackSets:
     others: Sequence[Record] = ()
     holdout: Sequence[Record] = ()
     sequence_len: int | None = None
+    ends: Collection[int] | None = None
     also: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     references: Sequence[Any] = field(default=(), repr=False)
     before: Any = field(default=None, repr=False)

@@ -95,6 +95,7 @@ class OpenedModel:
             self.tokenizer,
             **made,
             sequence_len=getattr(self.model.config, "max_position_embeddings", None),
+            ends=self.ends,
             also={name: records_of(pairs, self.form) for name, pairs in order.also.items()},
         )
 
@@ -166,12 +167,11 @@ def attack_opened(
     others = [*references, *filter(None, [before])]
     for each in others:
         opened.check_tokenizer(each)
-    leak = replace(order.leak, ends=opened.ends)
-    attacks = _chosen(order.names, leak)
+    attacks = _chosen(order.names, order.leak)
     settings = {
         **asdict(opened.form),
-        "samples": leak.samples,
-        "max_new_tokens": leak.max_new_tokens,
+        "samples": order.leak.samples,
+        "max_new_tokens": order.leak.max_new_tokens,
         "seed": order.seed,
         "references": [each.evaluated.digest for each in references],
     }

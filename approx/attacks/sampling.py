@@ -5,7 +5,7 @@ Curve: leak@k, the expected ROUGE-L recall of the best of k answers sampled at t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, fsum, inf
 from typing import Any, ClassVar
@@ -22,15 +22,11 @@ SAMPLED_AT_ONCE = 64  # decoding reads all weights for each step of a batch
 
 @dataclass(frozen=True)
 class LeakAtK(Attack):
-    """leak@1 and leak@`samples`, without plain texts and prompts that leave no room for an answer.
-
-    `ends` are the tokens that end an answer; by default those of the model.
-    """
+    """leak@1 and leak@`samples`, without plain texts and prompts that leave no room for an answer."""
 
     name: ClassVar[str] = "leak_at_k"
     samples: int = SAMPLES
     max_new_tokens: int = MAX_SAMPLE_TOKENS
-    ends: Collection[int] | None = None
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:
         asked = [each for each in sets.asked if _answer_at(each)]
@@ -38,7 +34,7 @@ class LeakAtK(Attack):
         longest = inf if sets.sequence_len is None else sets.sequence_len - self.max_new_tokens
         fits = [pair for pair in zip(asked, prompts, strict=True) if len(pair[1]) <= longest]
         ids = [prompt for _, prompt in fits for _ in range(self.samples)]
-        ends = end_tokens(model, sets.tokenizer) if self.ends is None else self.ends
+        ends = end_tokens(model, sets.tokenizer) if sets.ends is None else sets.ends
         drawn = continue_sampled(
             model, ids, ends, self.max_new_tokens, 1.0, seed, SAMPLED_AT_ONCE, min_new_tokens=0
         )

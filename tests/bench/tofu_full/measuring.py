@@ -6,7 +6,7 @@ compute(models, "50x4-key0-forget10.attacked")
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -86,8 +86,8 @@ def _attack_author(
         outside = RelearningOutOfDomain((steps,))(model, sets, seed=0).values
     with models.worn(contestant, files) as model:
         rounded = Quantisation(BITS)(model, sets, seed=0).values
-    ends = end_tokens(models.base.whole, models.base.tokenizer)
-    leak = LeakAtK(models.design.samples, models.design.max_new_tokens, ends)
+    sets = replace(sets, ends=end_tokens(models.base.whole, models.base.tokenizer))
+    leak = LeakAtK(models.design.samples, models.design.max_new_tokens)
     with models.sampled(contestant) as model:
         leaked = leak(model, sets, seed).values
     return {
