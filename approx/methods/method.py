@@ -20,7 +20,7 @@ infinity) at answer tokens are not supported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -36,7 +36,9 @@ from approx.unlearning.target import Rows
 from approx.unlearning.unlearn import Run
 from approx.unlearning.value_checks import above_zero, at_least_zero, check_values, one_of
 from approx.unlearning.written.preferred import Prepared, Writing
+from sisa.core.domain import Record
 from sisa.core.errors import Problem
+from sisa.lm.base.tokens import Tokens
 
 
 def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
@@ -111,8 +113,8 @@ class Method:
 
     and `compares_answers` are the sets for which F needs the reference's log-probability of each whole
     answer, which is the same at every step. A method that does otherwise than step down its loss says
-    so in `apply`, `write_preferred`, `layer_effects`, `adapter_values` and `patch_problems`; callers
-    never ask which kind it is.
+    so in `apply`, `find_subjects`, `write_preferred`, `layer_effects`, `adapter_values` and
+    `patch_problems`; callers never ask which kind it is.
     """
 
     name: ClassVar[str]
@@ -145,6 +147,11 @@ class Method:
         Where it is a field, None is chosen before the run: `unlearning/causal_tracing.py`.
         """
         return None
+
+    @property
+    def lacks_layer(self) -> bool:
+        """Return whether the method acts at a layer that is not chosen yet."""
+        return "layer" in asdict(self) and self.layer is None
 
     def __post_init__(self) -> None:
         check_values(self.name, self.problems())
@@ -202,6 +209,15 @@ class Method:
     def apply(self, run: Run) -> End:
         """Change a run's target within its bounds, and return how the run ended."""
         return Descent(self, *run).run()
+
+    def find_subjects(
+        self,
+        records: Sequence[Record],  # noqa: ARG002
+        tokens: Sequence[Tokens],  # noqa: ARG002
+        tokenizer: Any,  # noqa: ARG002
+    ) -> Sequence[int]:
+        """Return the position of each record's subject, for a method that edits there."""
+        return ()
 
     def write_preferred(self, writing: Writing) -> Prepared:
         """Return the sets with the preferred answers, which are of the kind `prefers`."""

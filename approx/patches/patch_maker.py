@@ -29,7 +29,6 @@ from approx.patches.patch_settings import PatchSettings, parse_settings
 from approx.patches.selection import Selected, select
 from approx.patches.texts import limits_of, text_problems, tokenize_records, without_forgotten
 from approx.unlearning.causal_tracing import check_layer, choose_layer
-from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
@@ -144,6 +143,8 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
 def _check_base(method: Method, skeleton: Any) -> None:
     """Raise InvalidInput for a base in which a method can't act."""
     check_layer(method, skeleton)
+    if method.lacks_layer:  # whether the lowest one can be changed is known before it is measured
+        method = replace(method, **{"layer": 0})
     method.adapter_values(skeleton, 1)
 
 
@@ -260,7 +261,7 @@ class _Making:
             Sets(
                 forget,
                 given + trained + more_trained,
-                subjects=subject_ends(records, forget, self._tokenizer),
+                subjects=self.settings.method.find_subjects(records, forget, self._tokenizer),
             ),
             judged=(judged + more_judged) or given,
             num_given=len(given),

@@ -19,7 +19,7 @@ all tokens, so that one number describes a layer; `trace_heads` what one attenti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
 
     Raise InvalidInput for a layer that the model does not have.
     """
-    if "layer" in asdict(method) and method.layer is None:
+    if method.lacks_layer:
         effects = method.layer_effects(model, sets)
         return replace(method, **{"layer": effects.index(max(effects))})
     check_layer(method, model)

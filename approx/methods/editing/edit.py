@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from approx.methods.method import Family, Method, Role, mean_nll
 from approx.unlearning.causal_tracing import trace_states
-from approx.unlearning.editing import Editing, edit_adapter
+from approx.unlearning.editing import Editing, edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.stopping import End
 from approx.unlearning.target import Rows
 from approx.unlearning.unlearn import Run
 from approx.unlearning.value_checks import given, whole_numbers
+from sisa.core.domain import Record
 from sisa.core.errors import Problem
+from sisa.lm.base.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,16 @@ class Edit(Method):
         return mean_nll(rows["preferred"].current_BTV, rows["preferred"].batch)
 
     @property
-    def layers(self) -> list[int]:
-        """Return the layers that are written to, from the lowest up, once the highest is chosen."""
-        return [self.layer or 0]
+    def num_layers(self) -> int:
+        """Return the number of layers that are written to, `layer` and those beneath."""
+        return 1
+
+    @property
+    def layers(self) -> range:
+        """Return the layers that are written to, from the lowest up. Raise ValueError without one."""
+        if self.layer is None:
+            raise ValueError("the layer is chosen before anything is edited")
+        return range(max(0, self.layer + 1 - self.num_layers), self.layer + 1)
 
     def edits(self, editing: Editing) -> Iterator[int]:
         """Make one edit after another; yield the number of facts that the patch now holds."""
@@ -53,6 +62,12 @@ class Edit(Method):
     def apply(self, run: Run) -> End:
         """Edit the answers to the forget set into the preferred ones."""
         return Editing(self, run).run()
+
+    def find_subjects(
+        self, records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any
+    ) -> Sequence[int]:
+        """Return the position of the last token of each subject."""
+        return subject_ends(records, tokens, tokenizer)
 
     def layer_effects(self, model: Any, sets: Sets) -> list[float]:
         """Return the effects at the subjects, where layers above what the answers read have none."""

@@ -62,11 +62,6 @@ class Memit(Edit):
         yield from super().problems()
         yield from whole_numbers(1, num_layers=self.num_layers)
 
-    @property
-    def layers(self) -> list[int]:
-        (top,) = super().layers
-        return list(range(max(0, top + 1 - self.num_layers), top + 1))
-
     def edits(self, editing: Editing) -> Iterator[int]:
         """Write all facts into one layer after another."""
         facts, matrices = editing.facts, editing.matrices

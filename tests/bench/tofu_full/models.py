@@ -23,6 +23,7 @@ from typing import Any
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, records_of
 from approx.evaluation.questions import Question
+from approx.methods.method import Method
 from approx.methods.registry import make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.metrics.model_utility import harmonic_mean
@@ -30,7 +31,6 @@ from approx.metrics.probability import probability, probability_among
 from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.compute import Compute
-from approx.unlearning.editing import subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.unlearn import unlearn
 from approx.unlearning.written.preferred import with_preferred
@@ -319,8 +319,8 @@ class Models:
         self.have(self._ordinary)
         settings = uncut(contestant.rate, self.design.method_batch, contestant.seed)
         with self.base.merged(read_adapter(self._adapter(self._ordinary))):
-            base, records, sets = self.layers_of(contestant), *self._sets(contestant)
             method = make_method(contestant.method, GIVEN.get(contestant.method))
+            base, records, sets = self.layers_of(contestant), *self._sets(contestant, method)
             method = choose_layer(method, base, sets)
             lora = self.base.lora_config(method, len(records))
             attached = partial(attach, config=lora, tensors=None, init_seed=contestant.seed)
@@ -359,13 +359,13 @@ class Models:
         patched.unload()
         return sum(each.numel() for each in self.base.whole.parameters()), trained
 
-    def _sets(self, contestant: Contestant) -> tuple[list[Record], Sets]:
+    def _sets(self, contestant: Contestant, method: Method) -> tuple[list[Record], Sets]:
         """Return what a method is to forget, as records, and the sets without preferred answers."""
         kept = self.data.kept(contestant.without)
         gone = self.data.full[kept:]
         forget, retain = self.base.tokens(gone), self.base.tokens(self.data.full[:kept])
         records = records_of([(each.question, each.answer) for each in gone], FORM)
-        subjects = subject_ends(records, forget, self.base.tokenizer)
+        subjects = method.find_subjects(records, forget, self.base.tokenizer)
         return records, Sets(forget, retain, subjects=subjects)
 
     def layers_of(self, contestant: Contestant) -> Any:

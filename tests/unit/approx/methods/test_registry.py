@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.methods.editing.memit import least_squares_update
-from approx.methods.editing.rome import rank_one_update
+from approx.methods.editing.memit import Memit, least_squares_update
+from approx.methods.editing.rome import Rome, rank_one_update
 from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import negate_patch
@@ -100,6 +100,13 @@ def test_what_a_method_needs_follows_its_values(
     method = make_method(name, values)
     assert set(method.reads) == reads
     assert set(method.compares) == compares
+
+
+def test_an_edit_writes_to_no_layer_before_one_is_chosen() -> None:
+    assert (Rome(layer=1).layers, Memit(layer=1).layers) == (range(1, 2), range(2))
+    for method in (Rome(), Memit()):
+        with pytest.raises(ValueError, match="chosen"):
+            _ = method.layers
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
