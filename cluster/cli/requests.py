@@ -242,7 +242,7 @@ def request_shown(view: RequestView) -> Result:
 @click.option("--approver", required=True, help="Who approves.")
 def approve(directory: Path, request_id: str, approver: str) -> Result:
     """Approve a request that was received or held."""
-    done = _decide(directory, request_id, "approved", approver)
+    done = _decide(directory, request_id, "approved", "", approver)
     return done.with_more({}, [f"next: sisa run {of_model(directory)}"])
 
 
@@ -276,7 +276,7 @@ def cancel(directory: Path, request_id: str, reason: str | None, by: str) -> Res
     return _decide(directory, request_id, "cancelled", reason or "", by)
 
 
-def _decide(directory: Path, request_id: str, state: RequestState, note: str, by: str = "") -> Result:
+def _decide(directory: Path, request_id: str, state: RequestState, note: str, by: str) -> Result:
     with opened(directory) as model:
         return _shown(model, model.decide(request_id, state, note, by=by))
 

@@ -379,7 +379,10 @@ def _remains(keyed: Keyed, request: Request, tombstones: Iterable[str]) -> list[
 
 
 def _provenance(request: Request, state: State) -> dict[str, Any]:
-    """Return the predicate of SLSA Provenance v1 for what was trained again."""
+    """Return the predicate of SLSA Provenance v1 for what was trained again.
+
+    `provenance_predicate` (`attestations.py`) states more, of all that is served.
+    """
     return {
         "predicateType": PROVENANCE,
         "predicate": {
