@@ -208,7 +208,7 @@ class Method:
 
     def apply(self, run: Run) -> End:
         """Change a run's target within its bounds, and return how the run ended."""
-        return Descent(self, *run).run()
+        return Descent(self, run).run()
 
     def find_subjects(
         self,

@@ -72,7 +72,7 @@ class TaskArithmetic(Method):
         target, bounds, clock = run.target, run.bounds, run.clock
         unbounded = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)
         once = replace(run.pace, num_rounds=1)  # the search for alpha replaces further rounds
-        tuning = Descent(self, *run._replace(pace=once, bounds=unbounded))
+        tuning = Descent(self, run._replace(pace=once, bounds=unbounded))
         started, fresh = clock(), target.snapshot()
         check_fresh_patch(fresh)
         before = bounds.utility_before(target.model)

@@ -15,13 +15,13 @@ again finishes. A continued run gives the same bits as one without interruption:
 weight of the retain term are functions of the step and of the measurements, and nothing draws a random
 number.
 
-    end = Descent(method, *Run(target, sets, pace, bounds)).run()
+    end = Descent(method, Run(target, sets, pace, bounds)).run()
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,11 +29,8 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate
-from approx.unlearning.examples import Sets
-from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.schedule import MicroBatch, Pace, Step, learning_rate_at, plan_steps
-from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.target import Target
+from approx.unlearning.schedule import MicroBatch, Step, learning_rate_at, plan_steps
+from approx.unlearning.stopping import End, Ending, Knowledge, StepLog
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.low_rank import tensor_bytes
@@ -41,6 +38,7 @@ from sisa.lm.base.tokens import Tokens
 
 if TYPE_CHECKING:
     from approx.methods.method import Losses, Method, Role
+    from approx.unlearning.unlearn import Run
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 GROWTH = 3.0
@@ -72,20 +70,12 @@ class _Counts:
     knowledge_before: Knowledge | None = None
 
 
-@dataclass
 class Descent:
-    """One run over one target, whose values are those of a `Run`."""
+    """One run of a method over one target."""
 
-    method: Method
-    target: Target
-    sets: Sets
-    pace: Pace
-    bounds: Bounds
-    saved: SavedRun | None
-    progress: Callable[[StepLog], None]
-    clock: Callable[[], float]
-
-    def __post_init__(self) -> None:
+    def __init__(self, method: Method, run: Run) -> None:
+        self.method = method
+        self.target, self.sets, self.pace, self.bounds, self.saved, self.progress, self.clock = run
         self._steps = plan_steps(len(self.sets.forget), len(self.sets.retain), self.pace)
         self._round_len = len(self._steps) // self.pace.num_rounds
         self._optimizer = torch.optim.AdamW(

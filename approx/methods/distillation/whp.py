@@ -66,4 +66,4 @@ class Whp(IdkNll):
 def learn_by_heart(patched: Any, sets: Sets, pace: Pace) -> Compute:
     """Train a patch on the forget set in one round at this pace, and return what it costs."""
     run = Run(Target(patched), Sets(sets.forget), replace(pace, num_rounds=1), Bounds())
-    return Descent(TaskArithmetic(), *run).run().compute  # whose loss is that of learning by heart
+    return Descent(TaskArithmetic(), run).run().compute  # whose loss is that of learning by heart
