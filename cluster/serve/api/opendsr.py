@@ -104,12 +104,11 @@ async def _raw(request: HttpRequest) -> bytes:
 
 @opendsr_router.post(
     "/requests",
-    name="submit_data_subject_request",
     status_code=201,
     response_class=Response,
     responses=_SIGNED,
 )
-def _submit_dsr(
+def submit_data_subject_request(
     asked: DataSubjectRequest,
     service: TheService,
     caller: MaySubmit,
@@ -246,11 +245,10 @@ def _subject_digest(call: Call) -> str:
 
 @opendsr_router.get(
     "/requests/{subject_request_id}",
-    name="show_data_subject_request",
     response_class=Response,
     responses=_SIGNED,
 )
-def _status_dsr(
+def show_data_subject_request(
     subject_request_id: _Uuid4, service: TheService, caller: MayRead, http: HttpRequest
 ) -> Response:
     """Return the status of a request."""
@@ -278,11 +276,10 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
 
 @opendsr_router.get(
     "/requests/{subject_request_id}/results",
-    name="hand_out_results",
     response_class=Response,
     responses=_SIGNED,
 )
-def _results_dsr(subject_request_id: _Uuid4, service: TheService, caller: MayAccess) -> Response:
+def hand_out_results(subject_request_id: _Uuid4, service: TheService, caller: MayAccess) -> Response:
     """Return what is held of a person, as a file, once (GDPR Art. 15 and 20)."""
     block, call = _block(service), _call(service, subject_request_id)
     digest = _subject_digest(call)
@@ -297,12 +294,13 @@ def _results_dsr(subject_request_id: _Uuid4, service: TheService, caller: MayAcc
 
 @opendsr_router.delete(
     "/requests/{subject_request_id}",
-    name="cancel_data_subject_request",
     status_code=202,
     response_class=Response,
     responses=_SIGNED,
 )
-def _cancel_dsr(subject_request_id: _Uuid4, service: TheService, caller: MaySubmit) -> Response:
+def cancel_data_subject_request(
+    subject_request_id: _Uuid4, service: TheService, caller: MaySubmit
+) -> Response:
     """Cancel a request while it is pending."""
     block = _block(service)
     found = _erasure(service, caller, subject_request_id)
@@ -319,8 +317,8 @@ def _cancel_dsr(subject_request_id: _Uuid4, service: TheService, caller: MaySubm
     return _signed(block, 202, body)
 
 
-@opendsr_router.get("/discovery", name="discover", response_class=Response, responses=_SIGNED)
-def _discovery_dsr(http: HttpRequest, service: TheService, _caller: MayRead) -> Response:
+@opendsr_router.get("/discovery", response_class=Response, responses=_SIGNED)
+def discover(http: HttpRequest, service: TheService, _caller: MayRead) -> Response:
     """Return what is supported."""
     block = _block(service)
     body = {
@@ -332,10 +330,8 @@ def _discovery_dsr(http: HttpRequest, service: TheService, _caller: MayRead) -> 
     return _signed(block, 200, body)
 
 
-@opendsr_router.get(
-    "/certificate", name="show_processor_certificate", response_class=Response, responses=_PEM
-)
-def _certificate_dsr(service: TheService) -> Response:
+@opendsr_router.get("/certificate", response_class=Response, responses=_PEM)
+def show_processor_certificate(service: TheService) -> Response:
     """Return the certificate (PEM) whose key signs responses and callbacks."""
     path = _block(service).certificate
     with disk_errors(path):
