@@ -33,7 +33,7 @@ from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import unlearn
-from approx.unlearning.written.preferred import with_preferred
+from approx.unlearning.written.preferred import Writing, with_preferred
 from approx.unlearning.written.retain_set import prompts_that_fit, write_answers, write_neighbours
 from sisa.config.config import RunConfig
 from sisa.core.domain import Record
@@ -218,16 +218,16 @@ class _Making:
         )
         if "preferred" in method.reads and method.prefers in WRITING:
             self.report(Notice(WRITING[method.prefers]))
-        self._sets, self._prepared = with_preferred(
+        writing = Writing(
             self._base,
             self._tokenizer,
             self._texts.records,
             self._texts.sets,
-            method,
             self.settings.pace,
             self._limits.sequence_len,
             lambda: attach(own_modules(self._base)),
         )
+        self._sets, self._prepared = with_preferred(method, writing)
         self._asked = [
             answers_to_probe(record.kind, each, self._tokenizer, self._limits.sequence_len)
             for record, each in zip(self._texts.records, self._texts.sets.forget, strict=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered
@@ -83,12 +84,9 @@ class _Question:
 
     def __init__(self, record: Record, tokenizer: Any, sequence_len: int) -> None:
         self._record, self._tokenizer, self._sequence_len = record, tokenizer, sequence_len
+        self._words = partial(tokenizer.decode, skip_special_tokens=True)
         self._prompt, answer = first_answer(record, tokenizer)
-        self._forgotten = self._decoded(answer).strip()
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        self._forgotten = self._words(answer).strip()
 
     def about(self, number: int) -> Sequence[int]:
         """Return the prompt with the invented names of a number, if it has names and fits."""
@@ -98,9 +96,9 @@ class _Question:
 
     def example(self, ids: Sequence[int], number: int) -> Tokens | None:
         """Return what was drawn as an answer to the question, or None if it repeats the answer."""
-        asked, names = self._decoded(self._prompt), invented_names(self._record, number)
+        asked, names = self._words(self._prompt), invented_names(self._record, number)
         put_back = {other: name for name, other in names.items() if name in asked}
-        text = replace_names(self._decoded(ids).strip(), put_back)
+        text = replace_names(self._words(ids).strip(), put_back)
         if not text or self._forgotten in text or rougeL_recall(self._forgotten, text) >= SAYS_RECALL:
             return None
         spaced = f" {text}" if begins_with_space(self._record) else text

@@ -7,7 +7,7 @@
 The method chooses among them (`write_preferred`). The model writes alternates and labels itself, before
 the run. What that costs is part of the run's cost.
 
-    sets, cost = with_preferred(model, tokenizer, records, sets, method, pace, 512, fresh)
+    sets, cost = with_preferred(method, Writing(model, tokenizer, records, sets, pace, 512, fresh))
 """
 
 from __future__ import annotations
@@ -47,20 +47,10 @@ class Prepared(NamedTuple):
     cost: Compute | None
 
 
-def with_preferred(
-    model: Any,
-    tokenizer: Any,
-    records: Sequence[Record],
-    sets: Sets,
-    method: Method,
-    pace: Pace,
-    sequence_len: int,
-    fresh: Callable[[], Any],
-) -> Prepared:
+def with_preferred(method: Method, writing: Writing) -> Prepared:
     """Return the sets with preferred answers, if the method reads any.
 
     Raise InvalidInput for records to which the model can write nothing else.
     """
-    if "preferred" not in method.reads:
-        return Prepared(sets, None)
-    return method.write_preferred(Writing(model, tokenizer, records, sets, pace, sequence_len, fresh))
+    reads = "preferred" in method.reads
+    return method.write_preferred(writing) if reads else Prepared(writing.sets, None)

@@ -16,6 +16,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from approx.evaluation.answers import answered
@@ -97,11 +98,7 @@ def write_neighbours(
     model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
 ) -> list[Tokens]:
     """Return the base's answers to what the records ask, about invented names."""
-
-    def decoded(ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
+    words = partial(tokenizer.decode, skip_special_tokens=True)
     variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
     found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
     for number in range(variants):
@@ -111,12 +108,12 @@ def write_neighbours(
                 continue
             (_, answer), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
             if len(prompt) < sequence_len:
-                found[tuple(prompt)] = decoded(answer)
+                found[tuple(prompt)] = words(answer)
     written = write_answers(model, tokenizer, list(found), sequence_len)
     return [
         each
         for each, (prompt, forgotten) in zip(written, found.items(), strict=True)
-        if rougeL_recall(forgotten, decoded(each.input_ids[len(prompt) :])) < SAYS_RECALL
+        if rougeL_recall(forgotten, words(each.input_ids[len(prompt) :])) < SAYS_RECALL
     ]
 
 

@@ -33,7 +33,7 @@ from approx.unlearning.causal_tracing import choose_layer
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets
 from approx.unlearning.unlearn import unlearn
-from approx.unlearning.written.preferred import with_preferred
+from approx.unlearning.written.preferred import Writing, with_preferred
 from sisa.config.config import RunConfig
 from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Record
@@ -333,10 +333,8 @@ class Models:
 
             clock = Clock()
             by_heart = within(budget / 2, TaskArithmetic(), Sets(sets.forget), settings, sizes)
-            sets, cost = with_preferred(
-                *(base, self.base.tokenizer, records, sets, method),
-                *(by_heart, SEQUENCE_LEN, fresh),
-            )
+            known = base, self.base.tokenizer, records, sets
+            sets, cost = with_preferred(method, Writing(*known, by_heart, SEQUENCE_LEN, fresh))
             spent = replace(cost, num_parameters=sizes[0]) if cost else Compute(*sizes, 0, 0)
             patched = attached(base)
             pace = within(max(0.0, budget - spent.flops), method, sets, settings, sizes)

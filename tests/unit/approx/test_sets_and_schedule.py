@@ -20,7 +20,7 @@ from approx.unlearning.compute import Compute
 from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
 from approx.unlearning.schedule import Pace, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
-from approx.unlearning.written.preferred import with_preferred
+from approx.unlearning.written.preferred import Writing, with_preferred
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -76,7 +76,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reads_the_answers_that_it_prefers(written: list[str], name: str) -> None:
     made = make_method(name)
-    with_preferred(None, None, [], Sets([]), made, Pace(), 8, lambda: None)
+    with_preferred(made, Writing(None, None, [], Sets([]), Pace(), 8, lambda: None))
     assert written == ([made.prefers] if "preferred" in made.reads else [])
 
 
