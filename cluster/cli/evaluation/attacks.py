@@ -12,6 +12,7 @@ import click
 from cluster.cli.command import PATH, command, max_new_tokens_option
 from cluster.cli.evaluation.evaluating import (
     AttackOptions,
+    about_model,
     attack_models,
     auc_words,
     evaluation,
@@ -115,10 +116,7 @@ def _attack_json(model: AttackedModel) -> dict[str, Any]:
     curves = {name: curve for name, row in model.rows.items() if (curve := row.curve)}
     membership, probes = model.rows.get("membership"), model.rows.get("linear_probe")
     return {
-        "model": model.name,
-        "digest": model.digest,
-        "log": str(model.log),
-        "settings": dict(model.settings),
+        **about_model(model),
         "curves": {
             name: {
                 "measure": each.measure,

@@ -274,8 +274,8 @@ def split_taught(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     return pairs[:num], pairs[num:]
 
 
-def about_model(model: FinishedLog) -> dict[str, Any]:
-    """Return the keys of a model that all benchmarks print."""
+def about_model(model: FinishedLog | AttackedModel) -> dict[str, Any]:
+    """Return the keys of a model that all of these commands print."""
     settings = None if model.settings is None else dict(model.settings)
     return {"model": model.name, "digest": model.digest, "log": str(model.log), "settings": settings}
 

@@ -73,8 +73,8 @@ def tofu(variant: Any, split: Any, holdout: Path | None, **options: Unpack[Evalu
     judged = []
     for model in found.models:
         measures = aggregates(model.rows, judges, variant)
-        lines = tofu_headline(model.rows, judges, measures, attacked.get(model.name))
-        judged.append((model, measures, lines))
+        headline = tofu_headline(model.rows, judges, measures, attacked.get(model.name))
+        judged.append((model, measures, headline))
     return measured_on_tofu(_split(found.all, split), judged, found.references)
 
 
@@ -93,8 +93,8 @@ def measured_on_tofu(
     body = {
         "split": split,
         "models": [
-            {**about_model(model), **asdict(measures), "headline": asdict(lines)}
-            for model, measures, lines in found
+            {**about_model(model), **asdict(measures), "headline": asdict(headline)}
+            for model, measures, headline in found
         ],
         "references": [about_model(each) for each in references],
     }
