@@ -31,10 +31,7 @@ from cluster.ray.session import AUTH_MODE, changed_environment, first_line, has_
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
 JOB_CONNECT_S = 5.0
-YOUNG_S, RETRY_YOUNG_S = (
-    60.0,
-    0.5,
-)  # how long, and how often, to retry on a cluster that has just started
+YOUNG_S, RETRY_YOUNG_S = 60.0, 0.5  # how long, and how often, to retry on a cluster that just started
 TALKATIVE = (
     *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
     "ray._private.runtime_env.packaging",
