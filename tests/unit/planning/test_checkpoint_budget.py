@@ -10,15 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.audit.verify import verify
 from sisa.core.domain import HeldCheckpoint, SliceState
-from sisa.core.events import Event, Notice
-from sisa.flows.ingest import train
-from sisa.flows.locations import where
 from sisa.planning.checkpoint_budget import best_kept, expected, split_budget
 from sisa.planning.orders import rotations
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard
-from tests.fakes.ports import FakeCheckpoints, changed, fake_model, fake_recipe, fake_record
 
 numbers = st.floats(0.1, 10)
 stages_of = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6)
@@ -108,24 +103,3 @@ def test_while_anything_is_missing_nothing_is_dropped() -> None:
     path = plan_shard(ShardView(0, SLICES, ()), recipe, "f").path
     held = [HeldCheckpoint(j.key, 0, j.prefix, 1, "f", "m", "a", 9, 1.0, 1) for j in path[:4]]
     assert plan_shard(ShardView(0, SLICES, tuple(held)), recipe, "f").retired == ()
-
-
-def test_a_budget_that_is_too_small_is_reported_and_exceeded() -> None:
-    events: list[Event] = []
-    fake = fake_model(2, fake_recipe(3, budget=1))
-    train(changed(fake.context, report=events.append), [fake_record(number) for number in range(20)])
-    assert len(fake.checkpoints.stored) == 2
-    assert ["2 shards keep more bytes" in each.text for each in events if isinstance(each, Notice)] == [
-        True
-    ]
-
-
-def test_dropped_stages_are_no_finding() -> None:
-    fake = fake_model(2, fake_recipe(3, orders=2, budget=1))
-    train(fake.context, [fake_record(number) for number in range(20)])
-    found = verify(fake.context, [0, 1], FakeCheckpoints())
-    assert found.ok
-    assert [(each.equal, each.stages) for each in found.shards] == [(True, 2), (True, 2)]
-    (place,) = where(fake.context, ["id-0003"])
-    assert place.state == "trained"
-    assert 1 <= len(place.checkpoints) <= 2
