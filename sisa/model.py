@@ -473,13 +473,13 @@ class Model(ModelDirectory):
     ) -> list[Answer]:
         """Answer several prompts; the models are loaded once."""
         with self.context() as context:
-            return ask(context, self.resources, prompts, max_new_tokens, kind, self._ledger)
+            return ask(context, prompts, max_new_tokens, kind, self._ledger)
 
     @retry_read
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """Return the shards that would answer each prompt, and their weights."""
         with self.context() as context:
-            return routes_of(context, self.resources, prompts)
+            return routes_of(context, prompts)
 
     @retry_read
     def answerer(self) -> tuple[Answerer, Kind]:
@@ -488,7 +488,7 @@ class Model(ModelDirectory):
         They raise Outdated instead of answering once one of them is replaced.
         """
         with self.context() as context:
-            return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
+            return open_answerer(context, open_ledger=self._ledger), prompt_form(context)
 
     @retry_read
     def serving(self, /, **limits: int) -> Serving:
@@ -497,7 +497,7 @@ class Model(ModelDirectory):
         `adopt` keeps them current. `limits` are those of `sisa.lm.answer.continuous.ContinuousBatching`.
         """
         with self.context() as context:
-            return Serving(context, self.resources, **limits)
+            return Serving(context, **limits)
 
     @retry_read
     def adopt(self, serving: Serving) -> list[Hashable]:
@@ -508,13 +508,13 @@ class Model(ModelDirectory):
         if self.seq() == serving.served.seq:
             return []
         with self.context() as context:
-            return serving.adopt(context, self.resources)
+            return serving.adopt(context)
 
     @retry_read
     def routed(self, prompts: Sequence[Prompt], *, kind: Kind | None = None) -> list[Routed]:
         """Return the token ids and the route of each prompt. Raise InvalidInput."""
         with self.context() as context:
-            return route_and_encode(context, self.resources, prompts, kind)
+            return route_and_encode(context, prompts, kind)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return the served models as a `PreTrainedModel` with `generate`, for tools without shards.
@@ -534,7 +534,7 @@ class Model(ModelDirectory):
         `to` is not a directory.
         """
         with self.writing() as context:
-            return export_adapters(context, self.resources, Path(to), form)
+            return export_adapters(context, Path(to), form)
 
     @retry_read
     def exports_missing(self) -> list[str]:

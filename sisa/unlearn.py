@@ -17,7 +17,6 @@ from typing import Any
 from sisa.core.errors import InvalidInput
 from sisa.core.patches import Patch, VaultSet, active, wanted
 from sisa.flows.context.context import Context, patch_files, patches_beneath, trained_over
-from sisa.flows.context.resources import Resources
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import Composition, measure
 from sisa.flows.patches.patching import Unlearnt, Wish, shards_over
@@ -54,7 +53,7 @@ def unlearn(
             )
 
         trained_on = patches_beneath(context.stores.ledger, context.settings.base)
-        effect = _Effect(context, model.resources)
+        effect = _Effect(context)
         done = patching.make_wanted(context, max_seconds, effect, "" if wish is None else wish.reference)
     if done.unfinished or max_drift is None:
         return done
@@ -73,12 +72,11 @@ class _Effect:
     """Measure the effect of each patch that is made; keep the last one and the patches before it."""
 
     context: Context
-    resources: Resources
     before: Sequence[Patch] = ()
     last: Composition | None = None
 
     def __call__(self, before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
-        found = measure(self.context, self.resources, before, after)
+        found = measure(self.context, before, after)
         self.before, self.last = before, found
         return found.to_json()
 
@@ -91,7 +89,7 @@ def drift(model: Model) -> float | None:
         before, after = patches_beneath(ledger, context.settings.base), active(ledger.patches())
         if before == after:
             return 0.0
-        return measure(context, model.resources, before, after).drift
+        return measure(context, before, after).drift
 
 
 def retrain(model: Model) -> int:

@@ -60,7 +60,7 @@ def find_candidates(
             )
         found = _similar(context, [row], top_k)
     else:
-        vectors = context.compute.embed([str(text)])
+        vectors = context.compute.embedder().embed([str(text)])
         found = _candidates(context, _search(context, vectors, top_k), top_k)
     return found if show_text else _without_text(found)
 

@@ -32,17 +32,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sisa.config.config import RunConfig
 from sisa.core.checkpoint_files import ADAPTER_FILE, CONFIG_FILE
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Dtype, Export, ExportForm, HeldCheckpoint, Precision
 from sisa.core.errors import InvalidInput, SisaError
-from sisa.core.events import Notice, Report
+from sisa.core.events import Notice
 from sisa.core.patches import active
 from sisa.core.ports import Change
 from sisa.flows.answers.probability import merged_gap
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context, patch_files
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import model_digest, served_heads, served_keys
 from sisa.store.exports import CARD, MODEL_WEIGHTS
 
@@ -149,9 +149,7 @@ class _Directory:
     files: Mapping[str, bytes]
 
 
-def export_adapters(
-    context: Context, resources: Resources, target: Path, form: ExportForm = "peft"
-) -> list[Path]:
+def export_adapters(context: Context, target: Path, form: ExportForm = "peft") -> list[Path]:
     """Export the served adapters, and return the written directories, in `target`/vN."""
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is not a directory", where=str(target), next_step="name another")
@@ -161,7 +159,7 @@ def export_adapters(
     except UnicodeEncodeError:
         raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
     now = context.now()
-    directories = _make_directories(context, resources, _next_version(context, root), form, now)
+    directories = _make_directories(context, _next_version(context, root), form, now)
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     rows = []
     for each in directories:
@@ -193,16 +191,14 @@ def _next_version(context: Context, root: str) -> str:
     return f"{root}/v{max(numbers, default=0) + 1}"
 
 
-def _make_directories(
-    context: Context, resources: Resources, version: str, form: ExportForm, now: str
-) -> list[_Directory]:
+def _make_directories(context: Context, version: str, form: ExportForm, now: str) -> list[_Directory]:
     """Make the files of every directory of a version, in memory."""
     ledger = context.stores.ledger
     known = {each.key: each for each in ledger.checkpoints()}
     heads = [known[key] for _, key in sorted(served_keys(ledger).items())]
     adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
     patches = patch_files(context.stores.patches, active(ledger.patches()))
-    card = _card(context, resources, form, len(patches), now)
+    card = _card(context, form, len(patches), now)
 
     def directory(
         name: str, of: Sequence[HeldCheckpoint], files: Files, gap: Gap | None = None
@@ -210,7 +206,7 @@ def _make_directories(
         path = f"{version}/{name}"
         rank = 0
         if ADAPTER_FILE in files:
-            files = with_base_name(resources, files)
+            files = with_base_name(context.settings.config, files)
             rank = int(json.loads(files[CONFIG_FILE]).get("r", 0))
         text = card.text(lora_name(path), [each.shard for each in of], rank, gap)
         files = {**files, CARD: text}
@@ -227,18 +223,18 @@ def _make_directories(
         ]
     if not heads:
         return []
-    gap = merged_gap(context, resources)
+    gap = merged_gap(context)
     if form == "merged-model":
-        return [directory(form, heads, _merged_model(resources, patches, adapters, context.report), gap)]
+        return [directory(form, heads, _merged_model(context, patches, adapters), gap)]
     context.report(Notice(_averaging_notice(adapters)))
     return [directory(form, heads, _merged(patches, adapters), gap)]
 
 
-def _card(context: Context, resources: Resources, form: ExportForm, num_patches: int, now: str) -> Card:
-    ledger = context.stores.ledger
+def _card(context: Context, form: ExportForm, num_patches: int, now: str) -> Card:
+    ledger, config = context.stores.ledger, context.settings.config
     return Card(
         form=form,
-        base=resources.config.base_name,
+        base=config.base_name,
         base_digest=context.settings.base,
         model_digest=model_digest(context),
         num_records=sum(ledger.counts().values()),
@@ -246,18 +242,18 @@ def _card(context: Context, resources: Resources, form: ExportForm, num_patches:
         roots=tuple((each.shard, each.slice, each.root) for each in ledger.slices()),
         num_patches=num_patches,
         made_at=now,
-        dtype=resources.config.dtype,
+        dtype=config.dtype,
         num_held_back=sum(a != b for a, b in zip(ledger.heads(), served_heads(ledger), strict=True)),
     )
 
 
-def with_base_name(resources: Resources, files: Files) -> dict[str, bytes]:
+def with_base_name(config: RunConfig, files: Files) -> dict[str, bytes]:
     """Return an adapter that names the base as the run file does."""
-    config = json.loads(files[CONFIG_FILE])
-    config["base_model_name_or_path"], _, revision = resources.config.base.partition("@")
+    named = json.loads(files[CONFIG_FILE])
+    named["base_model_name_or_path"], _, revision = config.base.partition("@")
     if revision:
-        config["revision"] = revision
-    return {ADAPTER_FILE: files[ADAPTER_FILE], CONFIG_FILE: canonical_json(config)}
+        named["revision"] = revision
+    return {ADAPTER_FILE: files[ADAPTER_FILE], CONFIG_FILE: canonical_json(named)}
 
 
 def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
@@ -271,7 +267,7 @@ def _averaging_notice(adapters: Sequence[Files]) -> str:
 
 
 def _merged_model(
-    resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
+    context: Context, patches: Sequence[Files], adapters: Sequence[Files]
 ) -> dict[str, bytes]:
     """Return the base with the patches' changes and the mean of the adapters' changes in its weights.
 
@@ -280,16 +276,16 @@ def _merged_model(
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
     from sisa.lm.base.weights import load_patched
 
-    on = Precision("cpu", resources.config.dtype)
-    report(Notice("loading the base"))
-    model, tokenizer = load_patched(resources.base, patches, on)
+    on = Precision("cpu", context.settings.config.dtype)
+    context.report(Notice("loading the base"))
+    model, tokenizer = load_patched(context.compute.base(), patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the loaded tensors are shared
-    report(Notice(_averaging_notice(adapters)))
+    context.report(Notice(_averaging_notice(adapters)))
     mean = averaged([read_change(each) for each in adapters])
-    report(Notice(f"adding the average to {len(mean)} modules of the base"))
+    context.report(Notice(f"adding the average to {len(mean)} modules of the base"))
     merge_into(model, mean)
-    report(Notice("writing the whole weights"))
+    context.report(Notice("writing the whole weights"))
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)

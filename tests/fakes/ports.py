@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.digest import Keyed, canonical_json, sha256_hex
 from sisa.core.domain import (
     NO_RESTRICTIONS,
+    BaseFiles,
     Chain,
     Export,
     Hit,
@@ -258,6 +258,13 @@ def fake_embed(texts: Sequence[str]) -> Vectors:
     return (matrix / np.where(norms == 0, 1, norms)).astype(np.float32)
 
 
+class FakeEmbedder:
+    digest, dimension = "fake", DIMENSION
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return fake_embed(texts)
+
+
 @dataclass
 class FakeModel:
     """Hold fakes, a context of them, and the stages that were trained.
@@ -374,7 +381,9 @@ def fake_model(
         hidden_states=FakeHiddenStates(),
     )
     compute = Compute(
-        embed=fake_embed,
+        embedder=FakeEmbedder,
+        base=lambda: BaseFiles(Path("base"), recipe.base),
+        tokenizer=lambda: None,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=fake.executor,
         patcher=lambda: fake.patcher,
@@ -395,9 +404,3 @@ def fake_model(
 def fake_record(number: int, subject: str | None = None) -> Record:
     body = (Part("prompt", f"question {number}"), Part("completion", f"answer {number}"))
     return Record(f"id-{number:04d}", subject, "completion", body)
-
-
-PARTS: Any = SimpleNamespace(
-    base=SimpleNamespace(directory=Path("base")),
-    config=SimpleNamespace(base="base", base_name="base", dtype="float32"),
-)

@@ -95,7 +95,9 @@ def context_of(
         blobs=blobs,
     )
     compute = Compute(
-        embed=embedder.embed,
+        embedder=lambda: embedder,
+        base=lambda: BaseFiles(Path("no-base"), BASE),
+        tokenizer=lambda: None,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
         patcher=lambda: FakePatcher(vault, patches, FakeRuns()),

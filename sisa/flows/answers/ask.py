@@ -24,7 +24,6 @@ from sisa.data.record_rules import conversation_problems, turns_of
 from sisa.flows.answers.routing import route_of, routing_hits
 from sisa.flows.answers.serving import OpenLedger, open_answerer
 from sisa.flows.context.context import Context
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import served_keys
 from sisa.lm.routing.route import Route, all_of
 
@@ -60,7 +59,6 @@ class Routed:
 
 def ask(
     context: Context,
-    resources: Resources,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     kind: Kind | None,
@@ -69,27 +67,25 @@ def ask(
     """Return the answers to prompts, in order. Raise InvalidInput or IntegrityError."""
     _check_answerable(prompts, kind)
     with ThreadPoolExecutor(1) as background:  # hash the embedder and the base while torch is imported
-        if resources.config.sisa.aggregation.method == "routed":
-            background.submit(lambda: resources.embedder)
-        background.submit(lambda: resources.base)
+        if context.settings.config.sisa.aggregation.method == "routed":
+            background.submit(context.compute.embedder)
+        background.submit(context.compute.base)
         import sisa.lm.answer.answerer  # noqa: F401
 
-        routes = routes_of(context, resources, prompts)
+        routes = routes_of(context, prompts)
     asked = {shard for route in routes for shard in route.shards}
-    answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
+    answerer = open_answerer(context, asked, open_ledger=open_ledger)
     ids = _encoded(context, prompts, routes, answerer.tokenizer, kind)
     texts = answerer.generate(ids, routes, max_new_tokens)
     return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
 
 
-def route_and_encode(
-    context: Context, resources: Resources, prompts: Sequence[Prompt], kind: Kind | None
-) -> list[Routed]:
+def route_and_encode(context: Context, prompts: Sequence[Prompt], kind: Kind | None) -> list[Routed]:
     """Return what a batch needs to answer each prompt. Raise InvalidInput."""
     _check_answerable(prompts, kind)
     seq = context.stores.ledger.seq()
-    routes = routes_of(context, resources, prompts)
-    ids = _encoded(context, prompts, routes, resources.tokenizer, kind)
+    routes = routes_of(context, prompts)
+    ids = _encoded(context, prompts, routes, context.compute.tokenizer(), kind)
     return [Routed(each, route, seq) for each, route in zip(ids, routes, strict=True)]
 
 
@@ -131,9 +127,9 @@ def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
             )
 
 
-def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt]) -> list[Route]:
+def routes_of(context: Context, prompts: Sequence[Prompt]) -> list[Route]:
     """Return which shards answer each prompt."""
-    block, live_shards = resources.config.sisa, frozenset(served_keys(context.stores.ledger))
+    block, live_shards = context.settings.config.sisa, frozenset(served_keys(context.stores.ledger))
     if block.aggregation.method != "routed":
         return [all_of(live_shards)] * len(prompts)
     from sisa.lm.routing.lookup import look_up
@@ -180,7 +176,7 @@ def _index(context: Context, block: SisaBlock) -> Index:
         return np.concatenate([read(files[s], ids, by="prompts") for s, ids in by_shard.items()])
 
     return Index(
-        embed=context.compute.embed,
+        embed=context.compute.embedder().embed,
         search=lambda queries, top_k: routing_hits(context, queries, top_k),
         vectors=vectors,
         has_names=block.names,

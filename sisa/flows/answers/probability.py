@@ -13,7 +13,6 @@ from sisa.core.domain import Record, RecordRow
 from sisa.core.events import Notice
 from sisa.flows.answers.serving import open_answerer
 from sisa.flows.context.context import Context
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import served_keys
 from sisa.flows.context.slices import slices_of, stored_in
 from sisa.lm.routing.route import all_of
@@ -25,25 +24,25 @@ NUM_REPORTED = 8  # most lines of progress
 Asked = tuple[int, list[int], list[int]]  # shard, token ids, positions of the answer's tokens
 
 
-def asked_records(context: Context, resources: Resources, limit: int = MAX_RECORDS) -> list[Asked]:
+def asked_records(context: Context, limit: int = MAX_RECORDS) -> list[Asked]:
     """Return the tokens of the records to ask, at most `limit`, without those that have no answer."""
     rows = chosen_rows(context, limit)
     place = {row.id_digest: row.shard for row in rows}
     stored = stored_in(context, slices_of(context, rows), rows)
     found = [
-        (place[each.id_digest], *_tokens_to_ask(each.record, resources))
+        (place[each.id_digest], *_tokens_to_ask(context, each.record))
         for each in sorted(stored, key=lambda each: each.id_digest)
     ]
     return [(shard, ids, answer) for shard, ids, answer in found if answer]
 
 
-def merged_gap(context: Context, resources: Resources) -> tuple[int, float, float]:
+def merged_gap(context: Context) -> tuple[int, float, float]:
     """Return the number of records asked, and their mean answer probability by shards and merged."""
-    asked = asked_records(context, resources)
+    asked = asked_records(context)
     sums = {"routed": 0.0, "merged": 0.0}
     done, whole = 0, len(sums) * len(asked)
     for how in sums:
-        answerer = open_answerer(context, resources, how=how)
+        answerer = open_answerer(context, how=how)
         for shard, ids, answer in asked:
             route = all_of([shard] if how == "routed" else served_keys(context.stores.ledger))
             sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
@@ -70,11 +69,11 @@ def chosen_rows(context: Context, limit: int) -> list[RecordRow]:
     return [row for row in in_turn if row is not None][:limit]
 
 
-def _tokens_to_ask(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
+def _tokens_to_ask(context: Context, record: Record) -> tuple[list[int], list[int]]:
     """Return a record's token ids and the positions of the answer's tokens; none if it has no answer."""
     from sisa.lm.base.tokens import NO_LOSS, tokenize
 
-    config = resources.config
-    tokens = tokenize(record, resources.tokenizer, train_on_inputs=config.train_on_inputs)
+    config = context.settings.config
+    tokens = tokenize(record, context.compute.tokenizer(), train_on_inputs=config.train_on_inputs)
     ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
     return ids, [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]

@@ -17,7 +17,6 @@ from sisa.core.errors import IntegrityError, Outdated
 from sisa.core.patches import Patch, active
 from sisa.core.ports import Ledger
 from sisa.flows.context.context import Context, patch_files
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import servable, served_keys
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ OpenLedger = Callable[[], AbstractContextManager[Ledger]]
 
 def open_answerer(
     context: Context,
-    resources: Resources,
     shards: Collection[int] | None = None,
     stack: Sequence[Patch] | None = None,
     how: str | None = None,
@@ -74,10 +72,15 @@ def open_answerer(
     asked = sorted(now.heads if shards is None else shards)
     adapters = _load(context, now, asked)
     patches = patch_files(context.stores.patches, stack)
-    base, block = resources.base, resources.config.sisa
-    method, threads = how or block.aggregation.method, block.threads_per_shard
-    precision = resources.config.precision
-    answerer = Answerer(base, adapters, threads, patches, method, precision)
+    config = context.settings.config
+    answerer = Answerer(
+        context.compute.base(),
+        adapters,
+        config.sisa.threads_per_shard,
+        patches,
+        how or config.sisa.aggregation.method,
+        config.precision,
+    )
     if open_ledger is not None:
         loaded = replace(now, heads={shard: now.heads[shard] for shard in asked}, stack=tuple(stack))
         answerer.check_current = _check_still_served(open_ledger, loaded)
@@ -122,16 +125,16 @@ def _check_still_served(open_ledger: OpenLedger, loaded: ServedHeads) -> Callabl
 class Serving:
     """A batch whose constituents are kept at what the model serves."""
 
-    def __init__(self, context: Context, resources: Resources, **limits: int) -> None:
+    def __init__(self, context: Context, **limits: int) -> None:
         """Load all constituents; `limits` are those of ContinuousBatching. Raise IntegrityError."""
         from sisa.lm.answer.continuous import ContinuousBatching
 
         self.served = ServedHeads.read(context.stores.ledger)
-        self.batch = ContinuousBatching(open_answerer(context, resources, now=self.served), **limits)
+        self.batch = ContinuousBatching(open_answerer(context, now=self.served), **limits)
         self._former: list[tuple[int, str]] = []  # heads that requests may still run on
         self._cut: list[Key] = []
 
-    def adopt(self, context: Context, resources: Resources) -> list[Key]:
+    def adopt(self, context: Context) -> list[Key]:
         """Replace what is no longer served; return the keys of requests cut short.
 
         Tainted models are dropped first, so that they answer nothing even if this raises IntegrityError;
@@ -144,7 +147,7 @@ class Serving:
         heads = {shard: key for shard, key in self.served.heads.items() if shard not in tainted}
         before = self.served = replace(self.served, heads=heads)
         if (before.stack, before.settings) != (now.stack, now.settings):
-            self._cut += self.batch.switch(open_answerer(context, resources, now=now))
+            self._cut += self.batch.switch(open_answerer(context, now=now))
             self._former = []
         else:
             shards = before.heads.keys() | now.heads.keys()

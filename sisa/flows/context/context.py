@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sisa.config.config import RunConfig
 from sisa.core import ports
 from sisa.core.digest import patched_digest
-from sisa.core.domain import Record
+from sisa.core.domain import BaseFiles, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.event_chain import EventChain
 from sisa.core.events import Report
@@ -46,7 +47,9 @@ class Stores:
 class Compute:
     """The computing parts of a model; heavy ones are opened on first use."""
 
-    embed: Callable[[Sequence[str]], ports.Vectors]
+    embedder: Callable[[], ports.Embedder]
+    base: Callable[[], BaseFiles]
+    tokenizer: Callable[[], Any]  # of the base
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[ports.CheckpointStore], ports.Executor]
     patcher: Callable[[], ports.Patcher]

@@ -5,7 +5,7 @@
 file of another shard. A request is visible if all records that it names are.
 
     group = replace(context, stores=replace(context.stores, ledger=GroupLedger(ledger, {0, 3})))
-    routes_of(group, resources, ["Who is Mara?"])  # asks the indexes of shards 0 and 3 alone
+    routes_of(group, ["Who is Mara?"])  # asks the indexes of shards 0 and 3 alone
 
 What concerns the whole model stays visible: its settings, its patches, the number of its last commit and
 the chain of events. External ids are unique in the whole model, so a commit that would reuse one is

@@ -73,10 +73,11 @@ def embed_records(context: Context, records: Sequence[Record]) -> list[ports.Vec
 
     texts = [(record.text, *record.prompts) for record in records]
     flat = [text for each in texts for text in each]
-    parts = [context.compute.embed(flat[:EMBEDDED_AT_ONCE])]
+    embed = context.compute.embedder().embed
+    parts = [embed(flat[:EMBEDDED_AT_ONCE])]
     for start in range(EMBEDDED_AT_ONCE, len(flat), EMBEDDED_AT_ONCE):
         context.report(EmbeddingProgress(start, len(flat)))
-        parts.append(context.compute.embed(flat[start : start + EMBEDDED_AT_ONCE]))
+        parts.append(embed(flat[start : start + EMBEDDED_AT_ONCE]))
     vectors = np.concatenate(parts)
     ends = list(accumulate(map(len, texts)))
     return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]

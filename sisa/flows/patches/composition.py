@@ -19,7 +19,6 @@ from sisa.core.patches import Patch
 from sisa.flows.answers.probability import MAX_RECORDS, asked_records
 from sisa.flows.answers.serving import open_answerer
 from sisa.flows.context.context import Context
-from sisa.flows.context.resources import Resources
 from sisa.lm.routing.route import Route, all_of
 from sisa.store.metrics import MIN_RECORDS
 
@@ -70,17 +69,16 @@ class Composition:
 
 def measure(
     context: Context,
-    resources: Resources,
     before: Sequence[Patch],
     after: Sequence[Patch],
     limit: int = MAX_RECORDS,
 ) -> Composition:
     """Compare the answers over both stacks, lowest patch first. Raise IntegrityError."""
-    asked = asked_records(context, resources, limit)
+    asked = asked_records(context, limit)
     if not asked:
         return Composition(0, None, None, {})
     shards = sorted({shard for shard, _, _ in asked})
-    old, new = (open_answerer(context, resources, shards, stack) for stack in (before, after))
+    old, new = (open_answerer(context, shards, stack) for stack in (before, after))
     base = [_compared(old, new, ids, answer, Route()) for _, ids, answer in asked]
     own = [_compared(old, new, ids, answer, all_of([shard])) for shard, ids, answer in asked]
     by_shard = {

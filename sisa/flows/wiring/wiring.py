@@ -132,7 +132,9 @@ def _compute(
         return find_probe()(base, config, files)(records)
 
     return Compute(
-        embed=lambda texts: resources.embedder.embed(texts),
+        embedder=lambda: resources.embedder,
+        base=lambda: resources.base,
+        tokenizer=lambda: resources.tokenizer,
         count_tokens=resources.count_tokens,
         executor_for=executor_for,
         patcher=lambda: open_patcher(executor, _patch_site(directory, resources, stores, model), config),

@@ -339,10 +339,10 @@ class Partition:
         )
         context: Any = SimpleNamespace(
             stores=SimpleNamespace(ledger=ledger, index=SimpleNamespace(search=search, vectors=vectors)),
-            compute=SimpleNamespace(embed=self._embedder.embed),
+            compute=SimpleNamespace(embedder=lambda: self._embedder),
+            settings=SimpleNamespace(config=SimpleNamespace(sisa=SisaBlock())),
         )
-        resources: Any = SimpleNamespace(config=SimpleNamespace(sisa=SisaBlock()))
-        return [route.shards for route in routes_of(context, resources, prompts)]
+        return [route.shards for route in routes_of(context, prompts)]
 
 
 # --- figures --------------------------------------------------------------------------------------

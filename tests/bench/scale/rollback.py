@@ -323,7 +323,7 @@ def watched_context(
         records=watched("records", store.records),
         checkpoints=watched("checkpoints", store.checkpoints),
         index=watched("index", store.index),
-        embed=refuse,
+        embedder=refuse,
         count_tokens=refuse,
         executor_for=executor_for,
         assigner=store.assigner,

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.torch
 
 def measured(model: sisa.Model, before: Sequence[Patch], after: Sequence[Patch]) -> Composition:
     with model.context() as context:
-        return measure(context, model.resources, before, after, limit=10)
+        return measure(context, before, after, limit=10)
 
 
 def test_composition_is_nothing_for_equal_stacks_and_something_for_others(

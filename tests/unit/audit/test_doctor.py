@@ -202,7 +202,7 @@ def surplus_vector(model: Path) -> None:
     with context_of(model) as context:
         (base,) = context.stores.ledger.indexes(0)
         wanted: dict[int, Any] = {row.vector_id: None for row in context.stores.ledger.rows(0)}
-        wanted[1] = context.compute.embed(["of no record"])
+        wanted[1] = context.compute.embedder().embed(["of no record"])
         context.stores.ledger.commit(
             Change(indexes=[context.stores.index.build(0, base.root, base, wanted)])
         )

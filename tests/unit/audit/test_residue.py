@@ -143,7 +143,7 @@ def test_a_vector_of_a_deleted_record_is_residue(model: Path, known: bool) -> No
         row = context.settings.assigner.row(GONE, 1)
         (base,) = context.stores.ledger.indexes(row.shard)
         wanted: dict[int, Any] = {each.vector_id: None for each in context.stores.ledger.rows(row.shard)}
-        wanted[row.vector_id] = context.compute.embed([GONE.text])
+        wanted[row.vector_id] = context.compute.embedder().embed([GONE.text])
         made = context.stores.index.build(row.shard, "0" * 64, base, wanted)
         if known:
             context.stores.ledger.commit(Change(indexes=[made]))

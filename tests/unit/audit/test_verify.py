@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob
 from sisa.core.errors import EnvironmentFault
-from sisa.core.ports import CheckpointStore, Executor, Vectors
+from sisa.core.ports import CheckpointStore, Embedder, Executor, Vectors
 from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Context
 from sisa.flows.ingest import train
@@ -144,15 +145,15 @@ def test_vectors_are_those_of_their_texts() -> None:
     def other(texts: Sequence[str]) -> Vectors:
         return fake_embed([f"{text}!" for text in texts])
 
-    model = model_of(lambda context: changed(context, embed=other))
+    model = model_of(lambda context: changed(context, embedder=lambda: SimpleNamespace(embed=other)))
     assert "not that of its record's text or question" in findings(verify(model.context, [], None))
 
 
 def test_without_the_embedder_no_vector_is_checked() -> None:
-    def absent(_texts: Sequence[str]) -> Vectors:
+    def absent() -> Embedder:
         raise EnvironmentFault("the model could not be fetched")
 
-    found = verify(changed(model_of().context, embed=absent), [], None)
+    found = verify(changed(model_of().context, embedder=absent), [], None)
     assert (found.ok, found.vectors_embedded) == (True, 0)
 
 

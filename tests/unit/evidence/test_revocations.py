@@ -12,7 +12,6 @@ import random
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +35,6 @@ from sisa.verifier.feed import TIME_FORMAT, check_present, verify_feed
 from tests.fakes.ports import SECRET, changed, fake_record
 from tests.models.certified import Certified, certified, check_statement
 
-PARTS: Any = SimpleNamespace(config=SimpleNamespace(base="base", base_name="base", dtype="float32"))
 END = datetime(2026, 1, 8, tzinfo=UTC)
 
 
@@ -49,7 +47,7 @@ def copies(model: Certified, name: str) -> dict[str, bytes]:
     """Export the model, and return copies of the weights, which no deletion reaches, by their digest."""
     held = model.fake.exports.stored
     before = set(held)
-    export_adapters(model.fake.context, PARTS, Path("no-such-folder") / name)
+    export_adapters(model.fake.context, Path("no-such-folder") / name)
     weights = [held[path][ADAPTER_FILE] for path in held.keys() - before]
     return {sha256_hex(each): each for each in weights}
 

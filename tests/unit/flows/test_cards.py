@@ -11,7 +11,6 @@ import pytest
 
 from sisa.config.config import RunConfig
 from sisa.config.sources import DatasetSource
-from sisa.flows.context.resources import Resources
 from sisa.flows.export import Card, with_base_name
 
 
@@ -38,7 +37,7 @@ def test_a_card_shows_the_rank_that_a_vllm_server_must_allow(rank: int, flag: st
 def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
     files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
-    written = with_base_name(Resources(config, None, None), files)
+    written = with_base_name(config, files)
     assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
 
 

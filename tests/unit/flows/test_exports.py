@@ -36,7 +36,7 @@ from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
 from tests.crash import Fuse
-from tests.fakes.ports import PARTS, SECRET, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import SECRET, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 
@@ -55,7 +55,7 @@ def trained() -> FakeModel:
 def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) -> list[Export]:
     """Return the rows of a new export."""
     before = fake.ledger.exports()
-    export_adapters(fake.context, PARTS, folder / name)
+    export_adapters(fake.context, folder / name)
     return [each for each in fake.ledger.exports() if each not in before]
 
 

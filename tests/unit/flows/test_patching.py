@@ -425,9 +425,7 @@ def test_drift_is_measured_again_if_a_writer_disturbs_it(
         return each
 
     monkeypatch.setattr(unlearn, "measure", measure)
-    model: Any = SimpleNamespace(
-        seq=fake.ledger.seq, context=lambda: nullcontext(fake.context), resources=None
-    )
+    model: Any = SimpleNamespace(seq=fake.ledger.seq, context=lambda: nullcontext(fake.context))
     assert unlearn.drift(model) == 0.25
 
 

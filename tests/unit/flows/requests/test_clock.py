@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ from sisa.flows.requests import (
     view_of,
 )
 from sisa.planning.batching import RunPlan
-from tests.fakes.ports import PARTS, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
@@ -100,7 +101,7 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
     """Between receipt and commit, between any two events, and after a failure."""
     fake = model_with(times)
     context = fake.context
-    export_adapters(context, PARTS, PARTS.base.directory / "no-such")
+    export_adapters(context, Path("no-such"))
 
     erase = fake.exports.erase
 
