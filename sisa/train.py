@@ -31,7 +31,6 @@ from sisa.flows import reconfigure
 from sisa.flows.answers.ask import usual_kind
 from sisa.flows.context.commit import commit, is_behind
 from sisa.flows.context.context import Context, trained_over
-from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, adopt_and_erase, under_way
 from sisa.flows.record_checks import check_first, check_risks
@@ -57,6 +56,7 @@ from sisa.flows.wiring.ledger_place import (
     open_ledger,
 )
 from sisa.flows.wiring.progress import progress
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.scratch_base import guard, prepare_base
 from sisa.lm.base.cuda_device import require_device
 from sisa.model import Model

@@ -346,7 +346,7 @@ def calibrate(run_file: Path, file: Path) -> Result:
     """Choose min_score on public prompts of your own, for the run file's embedder and shards."""
     from sisa.config.runfile import load_run_file
     from sisa.data.reader import read_like
-    from sisa.flows.context.resources import Resources
+    from sisa.flows.wiring.resources import Resources
     from sisa.lm.routing.calibration import calibrate as calibrated
 
     config = load_run_file(run_file)

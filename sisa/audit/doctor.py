@@ -33,7 +33,6 @@ from sisa.core.event_chain import key_names
 from sisa.core.events import silent
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import restrictions
 from sisa.flows.context.slices import held_rows
 from sisa.flows.restored_backup import unknown_deletions
@@ -41,6 +40,7 @@ from sisa.flows.wiring import moving, wiring
 from sisa.flows.wiring.description import model_id, named
 from sisa.flows.wiring.keys import PARTITION_KEY, key_path, stored_secret
 from sisa.flows.wiring.ledger_place import LEDGER, LEDGER_URL, ledger_name, no_model, open_ledger
+from sisa.flows.wiring.resources import Resources
 from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs import files
 from sisa.store.blobs.sqlite_files import open_readonly

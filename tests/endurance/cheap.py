@@ -22,9 +22,9 @@ from sisa.core.ports import Executor, Tick
 from sisa.core.requests import Probed
 from sisa.data import source_rows
 from sisa.flows.chains import SerialExecutor, Site
-from sisa.flows.context.resources import Resources, check_digest
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import find_executor, open_stores
+from sisa.flows.wiring.resources import Resources, check_digest
 from sisa.lm.routing.embedder import HashingEmbedder
 from sisa.lm.routing.names import NameEmbedder
 from tests.fakes.ports import FakeTrainer

@@ -24,13 +24,13 @@ from sisa.core.event_chain import EventChain, key_name
 from sisa.core.ports import StoredRecord
 from sisa.flows.chains import SerialExecutor, Site
 from sisa.flows.context.context import Compute, Context, Settings, Stores
-from sisa.flows.context.resources import Resources, indexed_digest
 from sisa.flows.ingest import train
 from sisa.flows.requests import Terms, carry_out, submit
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.executors import open_stores
 from sisa.flows.wiring.keys import key_path, open_keyring, vault_keyring
 from sisa.flows.wiring.ledger_place import LEDGER, LOCK
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.routing.embedder import HashingEmbedder
 from sisa.lm.routing.names import NameEmbedder

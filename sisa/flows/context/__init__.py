@@ -1,7 +1,6 @@
 """Define the open model that flows work on, and hold what several flows share.
 
 context       the nouns: what is stored, what computes, what is configured
-resources     the base and the embedder, resolved on first use
 commit        a transaction, recorded in the witness
 consistency   a ledger that contradicts itself
 plans         the shards' views and plans                areas    names that the ledger lists, by area

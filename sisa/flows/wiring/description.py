@@ -14,9 +14,9 @@ from sisa.core.digest import Keyed
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.event_chain import key_names
 from sisa.core.ledger_meta import DESCRIPTION
-from sisa.flows.context.resources import Named
 from sisa.flows.wiring.keys import key_path, open_keyring, stored_secret
 from sisa.flows.wiring.ledger_place import open_ledger
+from sisa.flows.wiring.resources import Named
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from sisa.core.run import running
 from sisa.flows.context.commit import is_behind
 from sisa.flows.context.context import Context
 from sisa.flows.context.group import GroupLedger
-from sisa.flows.context.resources import Resources
 from sisa.flows.context.served import held_state
 from sisa.flows.export import finish_exports
 from sisa.flows.restored_backup import catch_up
@@ -41,6 +40,7 @@ from sisa.flows.wiring.description import describe, read_description
 from sisa.flows.wiring.executors import OpenExecutor, check_executor
 from sisa.flows.wiring.keys import keep_key
 from sisa.flows.wiring.ledger_place import check_model, model_lock, open_ledger
+from sisa.flows.wiring.resources import Resources
 from sisa.store.areas import REPLAYS, open_areas
 from sisa.store.blobs.temporary_directories import erase_abandoned
 from sisa.store.ledger.ledger import SqlLedger

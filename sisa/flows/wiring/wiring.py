@@ -38,13 +38,13 @@ from sisa.core.patches import active
 from sisa.core.requests import Probed
 from sisa.flows.chains import Site
 from sisa.flows.context.context import Compute, Context, Settings, Stores, patch_files, patches_beneath
-from sisa.flows.context.resources import Resources
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.description import describe
 from sisa.flows.wiring.executors import OpenExecutor, find_executor, find_probe, open_patcher
 from sisa.flows.wiring.keys import evidence_keys_dir, open_keyring, vault_keyring, witness_of
 from sisa.flows.wiring.ledger_place import open_ledger
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.layout import Assigner
 from sisa.store import areas

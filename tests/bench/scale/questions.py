@@ -45,10 +45,10 @@ from sisa.core.ports import Change, StoredRecord
 from sisa.core.requests import Request, event
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
-from sisa.flows.context.resources import Named
 from sisa.flows.deletion import plan_forget
 from sisa.flows.locations import lookup, of_digest, where
 from sisa.flows.requests import Terms, forget_at_once, new_request, view_of, views
+from sisa.flows.wiring.resources import Named
 from sisa.model import Model
 from sisa.planning.layout import index_root, root_of, slice_root
 from sisa.store.blobs.local_blobs import LocalBlobs

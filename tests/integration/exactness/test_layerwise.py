@@ -19,7 +19,7 @@ from sisa.config.sources import DatasetSource
 from sisa.core.checkpoint_files import ADAPTER_FILE, OPTIMIZER_FILE
 from sisa.core.domain import BaseFiles, SliceJob
 from sisa.core.errors import InvalidInput
-from sisa.flows.context.resources import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.models.stages import RECORDS, TRAINING, Files, train

@@ -27,7 +27,7 @@ from sisa.config.sources import DatasetSource
 from sisa.core.domain import BaseFiles, Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
-from sisa.flows.context.resources import Resources
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.base_trial import try_base
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.weights import _convert, base_digest, load_base, own_modules, resolve_base
