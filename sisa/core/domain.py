@@ -244,8 +244,8 @@ class HeldCheckpoint:
     manifest_sha256: str
     adapter_sha256: str
     num_bytes: int
-    seconds: float
-    record_epochs: int
+    seconds: float  # of its training, its share of what ran beside it; 0: it was found after a crash
+    record_epochs: int  # trained in these seconds
 
     @property
     def slice(self) -> int:
