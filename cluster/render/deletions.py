@@ -71,7 +71,7 @@ def _numbers(of: Request | ForgetPlan, shards: Sequence[tuple[int, int, int]]) -
 
 def forget_plan(planned: ForgetPlan) -> Result:
     seconds = planned.estimated_seconds
-    rows = [(shard, planned.first_slices[shard], n) for shard, n in planned.stages.items()]
+    rows = [(shard, planned.first_slices[shard], n) for shard, n in planned.stages_retrained.items()]
     erased = {
         "checkpoints": len(planned.tainted),
         "slice_files": planned.num_slice_files,
@@ -124,13 +124,13 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "already_deleted_by": sorted({each.request_id for each in already}),
         "exports_erased": request.exports_erased,
         "exports_missing": list(outcome.exports_missing),
-        "old_versions_kept": [asdict(each) for each in outcome.kept],
+        "old_versions_kept": [asdict(each) for each in outcome.kept_versions],
         "probed": request.probed and asdict(request.probed),
     }
     lines = already_deleted(already)
     if outcome.request is not None:
         lines = _deleted(request, outcome, directory)
-    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
+    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept_versions)
     if request.state == "erased":
         lines.append(f"next: `sisa run {of_model(directory)}` retrains the deferred slices")
     elif outcome.request is not None:

@@ -74,7 +74,7 @@ class ForgetPlan:
         return tuple((plan.shard, plan.head.depth, len(plan.path)) for plan in self.plans)
 
     @cached_property
-    def stages(self) -> Mapping[int, int]:
+    def stages_retrained(self) -> Mapping[int, int]:
         """Return how many stages each shard trains again."""
         return {plan.shard: len(plan.train) for plan in self.plans}
 
@@ -160,7 +160,7 @@ class ForgetOutcome:
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
-    kept: tuple[KeptVersions, ...] = ()  # old versions of what was erased that a bucket keeps
+    kept_versions: tuple[KeptVersions, ...] = ()  # old versions of what was erased that a bucket keeps
     deferred: bool = False  # training is left to a later command
 
 
@@ -381,7 +381,9 @@ def _committed(
         cause="",
         committed_at=now,
         num_records=len(rows),
-        shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
+        shards=tuple(
+            (shard, slice_, planned.stages_retrained[shard]) for shard, slice_ in first.items()
+        ),
         record_epochs_retrained=planned.record_epochs_retrained,
         record_epochs_full=planned.record_epochs_full,
         record_epochs_others=planned.record_epochs_others,
