@@ -41,9 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from sisa.core.checkpoint_files import ADAPTER_FILE
-from sisa.core.errors import IntegrityError
-from sisa.lm.base.low_rank import Factors, LowRankChange, shape_of
+from sisa.lm.base.low_rank import Factors, LowRankChange, check_fits, shape_of
 
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
@@ -164,8 +162,8 @@ class StackedAdapters:
     def put(self, adapter: int, change: LowRankChange) -> None:
         """Hold an adapter under a new number. Raise IntegrityError if it does not fit the base."""
         modules = dict(self._base.named_modules())
-        for module, factors in change.items():
-            _check_fits(modules.get(module), factors)
+        modules |= {name: each.base for name, each in self._linears.items()}
+        check_fits(modules, change)
         for module, factors in change.items():
             if module not in self._linears:
                 self._linears[module] = StackedLinear(modules[module])
@@ -244,23 +242,6 @@ class StackedAdapters:
             return tuple(self._widened(each, rows_P) for each in value)
         narrow = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self._num_requests
         return value[rows_P] if narrow else value
-
-
-def _check_fits(held: Any, factors: Factors) -> None:
-    shape = shape_of(held.base if isinstance(held, StackedLinear) else held)
-    if not shape:
-        raise _unfit("matrices of a module that the base does not have, or that is not linear")
-    if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != shape:
-        raise _unfit("matrices of another shape")
-
-
-def _unfit(got: str) -> IntegrityError:
-    return IntegrityError(
-        "an adapter does not fit the base model",
-        where=ADAPTER_FILE,
-        got=got,
-        next_step="run `sisa verify` on the model",
-    )
 
 
 def _layers_above(base: Any, modules: set[str]) -> tuple[list[Any], int]:

@@ -138,12 +138,8 @@ def _misfit(got: str, *problems: Problem) -> IntegrityError:
     )
 
 
-def merge_into(model: Any, change: LowRankChange) -> None:
-    """Add a change to a model's weights, in new tensors: the old ones may be shared.
-
-    Raise IntegrityError, changing nothing, if the change does not fit the model.
-    """
-    modules = dict(model.named_modules())
+def check_fits(modules: Mapping[str, Any], change: LowRankChange) -> None:
+    """Raise IntegrityError with each module, by name, that a change does not fit."""
     misfits = [
         Problem(name, "the base has no linear module of these shapes")
         for name, each in change.items()
@@ -151,6 +147,15 @@ def merge_into(model: Any, change: LowRankChange) -> None:
     ]
     if misfits:
         raise _misfit(f"{len(misfits)} of {len(change)} modules do not fit", *misfits)
+
+
+def merge_into(model: Any, change: LowRankChange) -> None:
+    """Add a change to a model's weights, in new tensors: the old ones may be shared.
+
+    Raise IntegrityError, changing nothing, if the change does not fit the model.
+    """
+    modules = dict(model.named_modules())
+    check_fits(modules, change)
     with torch.no_grad():
         for name, each in change.items():
             delta_OI = each.b_OR @ each.a_RI

@@ -176,7 +176,7 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
     for other in (wider, deeper):
         foreign = adapter(other, 1, 2, [LAYERS - 1 if other is wider else LAYERS], ["q_proj"])
         for both in ({0: own, 1: foreign}, {1: foreign}):
-            with pytest.raises(IntegrityError, match="does not fit"):
+            with pytest.raises(IntegrityError, match="do not fit"):
                 stacked(base, both)
 
 
