@@ -426,7 +426,8 @@ def queue_seen(context: Context) -> QueueSeen:
 def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) -> float:
     """Return the mean number of requests a day over the last PAST_DAYS, without the waiting ones.
 
-    A model younger than YOUNG_DAYS counts as that old, so that it does not look busy.
+    A model is as old as its oldest request, but not younger than YOUNG_DAYS, so that a new one does not
+    look busy.
     """
     today = datetime.fromisoformat(now)
     here = {request.request_id for request in waiting}
@@ -435,5 +436,5 @@ def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) ->
         for each in context.stores.ledger.requests()
         if each.request_id not in here
     ]
-    recent = [age for age in ages if 0 <= age <= PAST_DAYS]
-    return len(recent) / max(YOUNG_DAYS, *recent) if recent else 0.0
+    num_recent = sum(0 <= age <= PAST_DAYS for age in ages)
+    return num_recent / min(PAST_DAYS, max([YOUNG_DAYS, *ages]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from typing import Any, NoReturn
 
@@ -648,6 +649,22 @@ def test_a_plan_runs_what_is_due(fake: FakeModel, left: int) -> None:
     asked(fake, 2, terms=replace(APPROVED, due=f"2026-01-{1 + left:02d}"))
     found = plan_run(fake.context)
     assert (found.choice, found.run_by) == ("run now", "2026-01-01")
+
+
+@pytest.mark.parametrize(("first", "days"), [("2025-12-27", 30), ("2025-11-12", 50), ("2025-06-15", 90)])
+def test_a_plan_expects_requests_as_they_came_in_the_last_90_days(
+    fake: FakeModel, first: str, days: int
+) -> None:
+    """An older one counts for the model's age alone, and a younger model counts as 30 days old."""
+    came = [first, "2025-12-27"]
+    for number, day in enumerate(came):
+        context = changed(fake.context, now=lambda day=day: f"{day}T00:00:00+00:00")
+        submit(context, fake.rows(number), (), Terms())
+    asked(fake, 2)
+    found = plan_run(fake.context)
+    patience = date.fromisoformat(str(found.run_by)) - date(2026, 1, 1)
+    num_recent = 2 if days < 90 else 1
+    assert found.expected_arrivals == pytest.approx(patience.days * num_recent / days)
 
 
 def test_a_plan_of_a_model_without_records() -> None:
