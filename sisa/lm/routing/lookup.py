@@ -14,7 +14,8 @@ of one shard decides the route:
 
 A run of names is known if one record holds all of it. A prompt with an unknown run of several names is
 `DOUBT` less near. A prompt that is written with capitals and names nobody could be about anybody, so the
-share of the first shard counts less for it.
+share of the first shard counts less for it. For one with a full date the nearest record must hold its
+year: many people were born in one town, and are asked about in the same words.
 
 Without names in the index (`names: false`), the last turn and those before it, back to one that names
 somebody, are looked up. The settings were chosen on one half of TOFU's authors, without any user's
@@ -32,8 +33,15 @@ import numpy as np
 
 from sisa.core.domain import Hit
 from sisa.core.ports import Vectors
-from sisa.lm.routing.names import nameless, names_in, runs_in, with_names
-from sisa.lm.routing.route import DOUBT, NUM_ROUTING_HITS, SHARE_WEIGHT, UNNAMED_SHARE_WEIGHT, nearness
+from sisa.lm.routing.names import dated_years, nameless, names_in, runs_in, with_names
+from sisa.lm.routing.route import (
+    DOUBT,
+    EQUAL,
+    NUM_ROUTING_HITS,
+    SHARE_WEIGHT,
+    UNNAMED_SHARE_WEIGHT,
+    nearness,
+)
 
 NUM_NAMING = 8  # records that are asked whether they hold a run of names
 NAMING = 0.25  # of the records near a prompt
@@ -103,7 +111,7 @@ def look_up(
 
 
 def _near(way: Way, hits: list[Hit], index: Index, temperature: float, live: Collection[int]) -> float:
-    if way.must_name and not (hits and _names_one_of(way.must_name, hits[0], index)):
+    if way.must_name and not (hits and _holds_one_of(way.must_name, hits[0], index)):
         return -np.inf
     weight = SHARE_WEIGHT
     anybody = index.has_names and not way.names and not runs_in(way.text)
@@ -113,7 +121,9 @@ def _near(way: Way, hits: list[Hit], index: Index, temperature: float, live: Col
     return nearness(hits, temperature, live, weight, DOUBT if way.doubtful else 0.0)
 
 
-def _names_one_of(names: Run, hit: Hit, index: Index) -> bool:
+def _holds_one_of(names: Run, hit: Hit, index: Index) -> bool:
+    if hit.score >= EQUAL:
+        return True  # hashed names can cancel each other out
     vectors = index.vectors([hit])
     alone = with_names(np.zeros_like(vectors[:1]), [names])[0]
     return bool((vectors @ alone).max(initial=0.0) > 0)
@@ -171,7 +181,8 @@ def ways_of(query: Query, known: Collection[Run]) -> Iterator[Way]:
     asked, runs = query.asked, runs_in(query.asked)
     own = tuple(names_in(asked))
     context = next((text for text in query.before if runs_in(text)), None)
-    yield Way(asked, own, _doubtful(runs, known) or (not runs and context is not None))
+    doubtful = _doubtful(runs, known) or (not runs and context is not None)
+    yield Way(asked, own, doubtful, dated_years(asked))
     if runs and not _doubtful(runs, known):
         yield from _of_sentences(asked, known)
     if context is not None:
@@ -195,5 +206,6 @@ def _of_sentences(text: str, known: Collection[Run]) -> Iterator[Way]:
         runs = [run for run in runs_in(sentence) if run in known]
         own = tuple(names_in(sentence))
         every = [own, *runs] if own else latest
-        yield from (Way(sentence, names) for names in dict.fromkeys(every))
+        dated = dated_years(sentence)
+        yield from (Way(sentence, names, must_name=dated) for names in dict.fromkeys(every))
         latest = runs or latest

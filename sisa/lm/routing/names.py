@@ -40,6 +40,11 @@ _WORD = re.compile(r"[\w'\u2019-]+")
 _PRONOUN = re.compile(r"i['\u2019]")  # I'm, I've
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
 _YEAR = re.compile(r"(?<![\w.,])(?:1\d{3}|20\d\d)(?![\w,]*\d)")
+_DAY = r"\d{1,2}(?:st|nd|rd|th|\.)?"
+_DATE = re.compile(  # 5/11/1991, 1991-11-05, 5 November 1991, 5 de mayo de 1991, November 5th, 1991
+    rf"\b{_DAY}[/.-]\d{{1,2}}[/.-](\d{{4}})\b|\b(\d{{4}})-\d\d-\d\d\b"
+    rf"|\b{_DAY} (?:of |de )?[^\W\d]+,? (?:de )?(\d{{4}})\b|\b[^\W\d]+ {_DAY},? (\d{{4}})\b"
+)
 _INITIAL = re.compile(r"\b[A-Z]\.\s*")  # of J. Quill; its full stop ends no sentence
 
 
@@ -81,6 +86,17 @@ def names_in(text: str) -> list[str]:
             if word[0].isupper() and len(name) > 1 and not _PRONOUN.match(name):
                 found[name] = None
     return [*found, *dict.fromkeys(_YEAR.findall(text))] if found else []
+
+
+def dated_years(text: str) -> tuple[str, ...]:
+    """Return the years of full dates that count as names.
+
+    >>> dated_years("Who was born in Porto on 5 May 1955, not in 1971?")
+    ('1955',)
+    """
+    names = names_in(text)
+    found = (year for groups in _DATE.findall(text) for year in groups if year in names)
+    return tuple(dict.fromkeys(found))
 
 
 def runs_in(text: str) -> list[tuple[str, ...]]:

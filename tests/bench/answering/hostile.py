@@ -333,6 +333,7 @@ class Partition:
 
         heads = [SimpleNamespace(shard=each.shard, key="head") for each in loaded]
         ledger = SimpleNamespace(
+            meta=dict,
             heads=lambda: heads,
             indexes=lambda: heads,
             by_vector=lambda _, ids: {each: SimpleNamespace(kind="completion") for each in ids},

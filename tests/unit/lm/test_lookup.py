@@ -12,7 +12,7 @@ from sisa.core.domain import Hit
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.routing.embedder import HashingEmbedder
 from sisa.lm.routing.lookup import Index, Query, look_up
-from sisa.lm.routing.names import NameEmbedder
+from sisa.lm.routing.names import NameEmbedder, nameless
 from sisa.lm.routing.route import choose_route
 from sisa.store.index import LoadedIndex, search_loaded
 
@@ -132,6 +132,26 @@ def test_words_that_a_record_holds_always_reach_it() -> None:
     assert routes([Query(asked), Query(asked, (EARLIER,))], texts) == [(7,), (7,)]
     unnamed = [(shard, "Can you tell us about the awards?") for shard in (8, 9)]
     assert routes([Query("Can you tell us about the awards?")], [*unnamed, *records()])[0][0] in (8, 9)
+
+
+BORN = "What is the full name of the author born in Lima, Peru on {}?"
+
+
+@pytest.mark.parametrize("date", ["05/11/1971", "1971-11-05", "5 November 1971", "November 5th, 1971"])
+def test_a_full_date_tells_people_of_one_town_apart(date: str) -> None:
+    texts = [(6, BORN.format("12/03/1955")), *records()]
+    assert routes([Query(BORN.format(date))], texts) == [()]
+    assert routes([Query(BORN.format("12/03/1955"))], texts) == [(6,)]
+    assert routes([Query(BORN.format(date))], [(7, BORN.format("05/11/1971")), *texts]) == [(7,)]
+
+
+def test_a_held_question_with_a_date_reaches_its_record_even_if_its_names_cancel_out() -> None:
+    def asked(number: int) -> str:
+        return f"Who in Zed{number} was born on 05/11/1971?"
+
+    embedder = EMBEDDERS[True]
+    number = next(n for n in range(10_000) if nameless(embedder.embed([asked(n)])).all())
+    assert routes([Query(asked(number))], [(9, asked(number)), *records()]) == [(9,)]
 
 
 def test_hashed_names_that_cancel_out_are_as_if_nobody_were_named() -> None:
