@@ -36,8 +36,8 @@ TIMES, PLUS_S = 1.3, 6.0
 FORGET = """
 import time
 from types import SimpleNamespace
-from sisa.flows import serial
-serial.time = SimpleNamespace(monotonic=time.process_time)  # steps are timed in core-seconds
+from sisa.flows import chains
+chains.time = SimpleNamespace(monotonic=time.process_time)  # steps are timed in core-seconds
 from sisa.__main__ import main
 main()
 """

@@ -383,3 +383,25 @@ def test_a_notebook_uses_names_that_exist(notebook: Path) -> None:
             if isinstance(owner, ModuleType) and not hasattr(owner, node.attr):
                 absent.append(f"{node.value.id}.{node.attr}")
     assert absent == []
+
+
+IMPORT = re.compile(r"^from ((?:sisa|approx|cluster)[\w.]*) import ([\w, ]+)$", re.MULTILINE)
+
+
+def test_programs_in_tests_import_what_exists() -> None:
+    """A program that a test or a benchmark starts is text, which no type checker reads."""
+    texts = [
+        (path, node.value)
+        for path in modules("tests")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    absent = []
+    for path, text in texts:
+        for module, names in IMPORT.findall(text):
+            for name in names.split(", "):
+                try:
+                    pkgutil.resolve_name(f"{module}.{name}")
+                except (ImportError, AttributeError):
+                    absent.append(f"{relative(path)}: {module}.{name}")
+    assert absent == []
