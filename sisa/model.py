@@ -61,8 +61,7 @@ from sisa.flows.status import (
     ShardStatus,
     SliceStanding,
     Status,
-    shard_statuses,
-    slice_standings,
+    shards_with_slices,
     status_of,
 )
 from sisa.flows.wiring.executors import OpenExecutor
@@ -396,17 +395,10 @@ class Model(ModelDirectory):
             return status_of(context, self.directory, *names)
 
     @retry_read
-    def slice_standings(self) -> dict[int, list[SliceStanding]]:
-        """Return the standing of every slice, by shard: clean, retrained, restricted, ..."""
-        with self.context(outdated=True) as context, context.stores.ledger.snapshot():
-            return slice_standings(context)
-
-    @retry_read
     def shards(self) -> list[tuple[ShardStatus, list[SliceStanding]]]:
-        """Return every shard and the standing of its slices, all at one moment."""
+        """Return every shard and its slices (clean, retrained, restricted, ...), all at one moment."""
         with self.snapshot() as context:
-            standings = slice_standings(context)
-            return [(each, standings[each.shard]) for each in shard_statuses(context)]
+            return shards_with_slices(context)
 
     def verify(
         self,

@@ -194,7 +194,7 @@ def _read_once(model: Model, now: str, made_by: str) -> Facts:
         encrypted=model.config.encrypt,
         storage=model.config.storage,
         status=status,
-        standings=model.slice_standings(),
+        standings={each.shard: slices for each, slices in model.shards()},
         patches=made,
         vault=vault,
         evidence=_read_evidence(model, status.requests),

@@ -208,8 +208,8 @@ def shard_statuses(context: Context) -> list[ShardStatus]:
     ]
 
 
-def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
-    """Return the standing of every slice of every shard."""
+def shards_with_slices(context: Context) -> list[tuple[ShardStatus, list[SliceStanding]]]:
+    """Return the state of every shard, and the standing of each of its slices."""
     ledger = context.stores.ledger
     prefixes = {each.key: each.prefix for each in ledger.checkpoints()} | {None: ()}
     since = ledger.meta().get(TRAINED_ANEW, "")
@@ -217,13 +217,15 @@ def slice_standings(context: Context) -> dict[int, list[SliceStanding]]:
     for request in ledger.requests():
         for shard, slice_, _ in request.shards if request.committed_at > since else ():
             first[shard] = min(slice_, first.get(shard, slice_))
-    return {
-        each.shard: [
-            _standing(slice_, size, prefixes[each.head], prefixes[each.served], first.get(each.shard))
+    found = []
+    for each in shard_statuses(context):
+        again = first.get(each.shard)
+        slices = [
+            _standing(slice_, size, prefixes[each.head], prefixes[each.served], again)
             for slice_, size in enumerate(each.slice_records)
         ]
-        for each in shard_statuses(context)
-    }
+        found.append((each, slices))
+    return found
 
 
 def _standing(

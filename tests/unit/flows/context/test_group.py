@@ -136,7 +136,6 @@ def test_copies_in_other_shards_are_not_shown(model: Model, group: Model) -> Non
 
 WHOLE: dict[str, Callable[[Model], object]] = {
     "status": lambda group: group.status(),
-    "slice_standings": lambda group: group.slice_standings(),
     "verify": lambda group: group.verify(),
     "replay": lambda group: group.verify(replay="all"),
     "run": lambda group: group.run(),

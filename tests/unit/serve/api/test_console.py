@@ -108,8 +108,8 @@ def test_the_shards_are_those_of_the_model(client: TestClient, service: Service)
     assert found["model"] == model.id
     slices = {each["shard"]: each["slices"] for each in found["shards"]}
     assert slices == {
-        shard: [{"slice": s.slice, "records": s.records, "state": s.state} for s in standings]
-        for shard, standings in model.slice_standings().items()
+        each.shard: [{"slice": s.slice, "records": s.records, "state": s.state} for s in standings]
+        for each, standings in model.shards()
     }
     assert {each["state"] for row in slices.values() for each in row} >= {"clean", "retrained"}
     names = ("head", "depth", "served", "served_depth")
