@@ -217,7 +217,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/patches/README.md": {
         "forgetting": lambda: forgetting.table(
-            recorded("patches/forgetting_tiny"), recorded("patches/forgetting")
+            recorded("patches/forgetting_tiny"), recorded("patches/forgetting_rwku")
         ),
         "fallback": of("patches/fallback_tiny", fallback.table),
         "sequential": of("patches/sequential", sequential.table),

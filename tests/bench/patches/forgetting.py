@@ -1,8 +1,8 @@
 """Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
     python -m tests.bench.patches.forgetting --tiny --out tests/bench/patches/forgetting_tiny.json
-    python -m tests.bench.patches.forgetting --data data --people-of tofu --people 5 \\
-        --retain written --out tests/bench/patches/forgetting_tofu.json
+    python -m tests.bench.patches.forgetting --data data --people-of rwku --people 5 \\
+        --retain written --out tests/bench/patches/forgetting_rwku.json
 
 A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors or RWKU's
 people. A patch with the defaults of `sisa approx unlearn` should remove one of them: rounds end when the
