@@ -179,10 +179,10 @@ def ways_of(query: Query, known: Collection[Run]) -> Iterator[Way]:
     [True]
     """
     asked, runs = query.asked, runs_in(query.asked)
-    own = tuple(names_in(asked))
+    own, dated = tuple(names_in(asked)), dated_years(asked)
     context = next((text for text in query.before if runs_in(text)), None)
     doubtful = _doubtful(runs, known) or (not runs and context is not None)
-    yield Way(asked, own, doubtful, dated_years(asked))
+    yield Way(asked, own, doubtful, dated)
     if runs and not _doubtful(runs, known):
         yield from _of_sentences(asked, known)
     if context is not None:
@@ -191,7 +191,7 @@ def ways_of(query: Query, known: Collection[Run]) -> Iterator[Way]:
         every = [] if len(found) == len(before) else [tuple(names_in(context))]
         for names in (*every, *found):
             if not set(names) & set(own):
-                yield Way(asked, (*own, *names), _doubtful(before, known), own)
+                yield Way(asked, (*own, *names), _doubtful(before, known), dated or own)
     if query.before and len(asked.split()) <= SHORT_TURN:
         yield from ways_of(Query(query.before[0], query.before[1:]), known)
 

@@ -94,9 +94,8 @@ def dated_years(text: str) -> tuple[str, ...]:
     >>> dated_years("Who was born in Porto on 5 May 1955, not in 1971?")
     ('1955',)
     """
-    names = names_in(text)
-    found = (year for groups in _DATE.findall(text) for year in groups if year in names)
-    return tuple(dict.fromkeys(found))
+    years = {year for groups in _DATE.findall(text) for year in groups}
+    return tuple(name for name in names_in(text) if name in years) if years else ()
 
 
 def runs_in(text: str) -> list[tuple[str, ...]]:

@@ -111,7 +111,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def rows() -> list[Any]:
         held = read(given.out)
         same = all(held.get(key) == value for key, value in design.items())
-        return held["rows"] if held and same else []
+        return held["rows"] if same else []
 
     for method, retain in product(given.method or sorted(METHODS), given.retain or RETAIN):
         if (method, retain) not in [(row["method"], row["retain"]) for row in rows()]:

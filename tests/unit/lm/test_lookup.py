@@ -145,6 +145,12 @@ def test_a_full_date_tells_people_of_one_town_apart(date: str) -> None:
     assert routes([Query(BORN.format(date))], [(7, BORN.format("05/11/1971")), *texts]) == [(7,)]
 
 
+def test_nor_does_an_earlier_turn_send_a_date_to_another_person() -> None:
+    earlier = "Is Nora Bell of Lima, Peru an author?"
+    texts = [(6, BORN.format("12/03/1955")), (6, earlier), (6, f"{BORN.format('12/03/1955')} {earlier}")]
+    assert routes([Query(BORN.format("05/11/1971"), (earlier,))], [*texts, *records()]) == [()]
+
+
 def test_a_held_question_with_a_date_reaches_its_record_even_if_its_names_cancel_out() -> None:
     def asked(number: int) -> str:
         return f"Who in Zed{number} was born on 05/11/1971?"
