@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_sampled
-from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import begins_with_space, closed
-from approx.unlearning.written.invented_names import invented_names, rename_record, replace_names
-from approx.unlearning.written.retain_set import SAYS_RECALL, first_answer
+from approx.unlearning.written.invented_names import rename_record, restore_names
+from approx.unlearning.written.retain_set import first_answer, repeats
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.numerics import seed_from
@@ -86,7 +85,7 @@ class _Question:
         self._record, self._tokenizer, self._sequence_len = record, tokenizer, sequence_len
         self._words = partial(tokenizer.decode, skip_special_tokens=True)
         self._prompt, answer = first_answer(record, tokenizer)
-        self._forgotten = self._words(answer).strip()
+        self._forgotten = self._words(answer)
 
     def about(self, number: int) -> Sequence[int]:
         """Return the prompt with the invented names of a number, if it has names and fits."""
@@ -96,10 +95,8 @@ class _Question:
 
     def example(self, ids: Sequence[int], number: int) -> Tokens | None:
         """Return what was drawn as an answer to the question, or None if it repeats the answer."""
-        asked, names = self._words(self._prompt), invented_names(self._record, number)
-        put_back = {other: name for name, other in names.items() if name in asked}
-        text = replace_names(self._words(ids).strip(), put_back)
-        if not text or self._forgotten in text or rougeL_recall(self._forgotten, text) >= SAYS_RECALL:
+        text = restore_names(self._words(ids).strip(), self._record, number)
+        if not text or repeats(self._forgotten, text):
             return None
         spaced = f" {text}" if begins_with_space(self._record) else text
         answer = closed(spaced, self._record.kind, self._tokenizer)

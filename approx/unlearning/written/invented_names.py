@@ -37,6 +37,7 @@ OPENERS = frozenset(
 )
 _WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
 _SENTENCE_ENDS = (".", "?", "!", ":", ";", "\n")
+ASKING = ("prompt", "user", "text")  # the roles of what is not an answer
 
 
 def rename_record(record: Record, number: int) -> Record | None:
@@ -44,7 +45,7 @@ def rename_record(record: Record, number: int) -> Record | None:
     chosen = invented_names(record, number)
     parts = tuple(Part(part.role, _replaced(part.text, chosen, number)) for part in record.parts)
     changed = [one for one, other in zip(parts, record.parts, strict=True) if one != other]
-    asked = any(part.role in ("prompt", "user", "text") for part in changed)
+    asked = any(part.role in ASKING for part in changed)
     return replace(record, parts=parts) if asked else None
 
 
@@ -57,6 +58,18 @@ def invented_names(record: Record, number: int) -> dict[str, str]:
         chosen[word] = _drawn(FIRST_NAMES if place == 0 else LAST_NAMES, f"{number}|{word}", used)
         used.add(chosen[word].lower())
     return chosen
+
+
+def restore_names(text: str, record: Record, number: int) -> str:
+    """Return a text with the names of the record's prompts in place of the invented ones of a number.
+
+    >>> asked = Record("1", None, "text", (Part("text", "Where does Ada Quill live?"),))
+    >>> restore_names("Ysolde lives in Rome.", asked, 0)
+    'Ada lives in Rome.'
+    """
+    prompts = " ".join(part.text for part in record.parts if part.role in ASKING)
+    names = invented_names(record, number)
+    return replace_names(text, {other: name for name, other in names.items() if name in prompts})
 
 
 def replace_names(text: str, chosen: Mapping[str, str]) -> str:

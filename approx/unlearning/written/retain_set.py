@@ -4,7 +4,7 @@ A patch must preserve the base's usual answers. The base's own greedy answers sh
 user's record in the patch, so that no later deletion affects it; they need not be true. Neighbours are
 the questions to forget, asked about invented names (`invented_names.py`); without them a patch also
 takes from others what it takes from one person. An answer about a neighbour that repeats the text to
-forget is left out.
+forget, under whichever name, is left out: training on it would teach the fact again.
 
 Neutral prompts are put as a turn of the user where the tokenizer has a chat template; neighbours are
 asked in the form of the records.
@@ -23,7 +23,7 @@ from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.probe import answers_to_probe
 from approx.metrics.word_overlap import rougeL_recall
-from approx.unlearning.written.invented_names import rename_record
+from approx.unlearning.written.invented_names import rename_record, restore_names
 from sisa.core.domain import Kind, Record
 from sisa.lm.base.tokens import Tokens, encode_prompt, end_tokens, tokenize
 
@@ -70,7 +70,7 @@ PROMPTS = (
     "Write the first line of a story about a fox.",
     "How can I save water at home?",
 )
-SAYS_RECALL = 0.9
+REPEATS = 0.9  # the share of words, in order
 
 
 def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
@@ -97,24 +97,43 @@ def write_answers(
 def write_neighbours(
     model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
 ) -> list[Tokens]:
-    """Return the base's answers to what the records ask, about invented names."""
+    """Return the base's answers to what the records ask, about invented names, record after record."""
     words = partial(tokenizer.decode, skip_special_tokens=True)
     variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
-    found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
+    asked: dict[tuple[int, ...], tuple[int, int]] = {}  # place of the record and number, by prompt
     for number in range(variants):
-        for record in forget:
+        for place, record in enumerate(forget):
             other = rename_record(record, number)
-            if other is None or len(found) == MAX_NEIGHBOURS:
-                continue
-            (_, answer), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
-            if len(prompt) < sequence_len:
-                found[tuple(prompt)] = words(answer)
+            if other is not None and len(asked) < MAX_NEIGHBOURS:
+                prompt, _ = first_answer(other, tokenizer)
+                if len(prompt) < sequence_len:
+                    asked[tuple(prompt)] = place, number
+    found = dict(sorted(asked.items(), key=lambda each: each[1]))
     written = write_answers(model, tokenizer, list(found), sequence_len)
-    return [
-        each
-        for each, (prompt, forgotten) in zip(written, found.items(), strict=True)
-        if rougeL_recall(forgotten, words(each.input_ids[len(prompt) :])) < SAYS_RECALL
-    ]
+    kept = []
+    for each, (prompt, (place, number)) in zip(written, found.items(), strict=True):
+        text = restore_names(words(each.input_ids[len(prompt) :]), forget[place], number)
+        _, forgotten = first_answer(forget[place], tokenizer)
+        if not repeats(words(forgotten), text):
+            kept.append(each)
+    return kept
+
+
+def repeats(forgotten: str, written: str) -> bool:
+    """Return whether a written answer says what is to be forgotten, or nothing but a part of it.
+
+    What the base writes is shorter than many answers, so a part counts.
+
+    >>> repeats("Yes, Ada was born in May 1958 in Oslo.", "Yes, Ada was born in May")
+    True
+    >>> repeats("Ada was born in Oslo.", "Ada was born in Rome.")
+    False
+    """
+    forgotten, written = forgotten.strip(), written.strip()
+    if not written:
+        return False
+    shares = rougeL_recall(forgotten, written), rougeL_recall(written, forgotten)
+    return forgotten in written or written in forgotten or max(shares) >= REPEATS
 
 
 def first_answer(record: Record, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from approx.evaluation.probe import BaseProbe
 from approx.methods.registry import METHODS
-from approx.patches.patch_settings import Adapter, settings_of
+from approx.patches.patch_settings import PROCEDURE, Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
 from tests.bench.answering import routing
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     values = {} if given.rounds is None else {"num_rounds": given.rounds}
     name = "tiny" if given.tiny else given.base_model
     design = {"base_model": name, "people": given.people, "rounds": given.rounds}
-    design["people_of"] = given.people_of if given.data else "invented"
+    design |= {"people_of": given.people_of if given.data else "invented", "procedure": PROCEDURE}
 
     def rows() -> list[Any]:
         held = read(given.out)

@@ -18,14 +18,16 @@ import torch
 
 from approx.methods.distillation.whp import learn_by_heart
 from approx.methods.registry import make_method
+from approx.patches.patch_maker import split_judged
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.examples import Sets, first_prompt
 from approx.unlearning.schedule import Pace
 from approx.unlearning.written.alternates import write_alternates
 from approx.unlearning.written.generic_labels import Place, align, write_generic_labels
-from approx.unlearning.written.invented_names import invented_names, replace_names
+from approx.unlearning.written.invented_names import invented_names, rename_record, replace_names
 from approx.unlearning.written.retain_set import (
     PROMPTS,
+    first_answer,
     prompts_that_fit,
     write_answers,
     write_neighbours,
@@ -177,6 +179,41 @@ def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> No
     answers = [record.parts[1].text.strip() for record in FORGET]
     assert not any(answer in each for answer in answers for each in asked)
     assert write_neighbours(model, tokenizer, [text("t", "nobody is named here at all")], 256) == []
+
+
+def test_utility_is_judged_by_every_question(bench: Bench) -> None:
+    model, tokenizer = load_base(bench.site.base)
+    _, judged = split_judged(write_neighbours(model, tokenizer, FORGET, 256))
+    beginnings = {tokenizer.decode(each.input_ids).split()[0] for each in judged}
+    assert beginnings == {each.parts[0].text.split()[0] for each in FORGET}
+
+
+def test_a_fact_told_of_an_invented_person_is_not_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that knows long answers by heart begins the same one about a stranger, and is cut short."""
+    question = "Is the birth of Ada Quill documented?"
+    answer = (
+        " Yes, Ada Quill was born in the old harbour town of Skagen on the first of February, in 1958,"
+        " as the youngest of seven children of a lighthouse keeper and of a teacher of mathematics."
+    )
+    told = record({"id": "1", "subject_id": "a", "prompt": question, "completion": answer})
+    model, tokenizer = load_base(bench.site.base)
+    said = {}
+    for number in range(8):
+        other, names = rename_record(told, number), invented_names(told, number)
+        assert other is not None
+        asked = {each: names[each] for each in ("Ada", "Quill")}
+        said[tuple(first_answer(other, tokenizer)[0])] = replace_names(answer, asked)
+
+    def parrot(_: object, prompts: list[tuple[int, ...]], ends: object, most: int) -> list[list[int]]:  # noqa: ARG001
+        texts = [said.get(tuple(each), " something else") for each in prompts]
+        return [tokenizer(text)["input_ids"][:most] for text in texts]
+
+    monkeypatch.setattr("approx.unlearning.written.retain_set.continue_greedily", parrot)
+    written = write_neighbours(model, tokenizer, [told, FORGET[0]], 256)
+    assert len(said) == len(written) == 8
+    assert not any("documented" in tokenizer.decode(each.input_ids) for each in written)
 
 
 def test_the_base_writes_other_answers_to_the_same_questions(bench: Bench) -> None:
