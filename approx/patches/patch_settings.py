@@ -4,7 +4,7 @@
     adapter          rank, scale and modules of the LoRA patch
     pace             learning rate, batches, epochs, rounds, seed: `schedule.Pace`
     selection        which of the adapter's modules: `selection.SelectionSettings`
-    bounds           max_utility_drop, target_probability, check_every: `stopping.BoundSettings`
+    bounds           utility, target, how often to measure, patience: `stopping.BoundSettings`
     sequence_len     longer texts are cut to it or refused, as `overlength` says
     procedure        how patches are made; a job of another procedure is refused
 
@@ -45,7 +45,7 @@ DEFAULT_PACE = {
     "gradient_accumulation_steps": 1,
     "weight_decay": 0.0,
 }
-DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10}
+DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10, "patience": 3}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ measured. A measurement outside the bound does not end the run, because utility 
 
 While something is still known, each round continues where the last one ended, at GROWTH times its rate.
 A round that ends outside the bound is undone: the next one continues from the best weights at a lower
-rate and with a heavier retain term. The run ends when enough is forgotten, after the last round, or
-when a loss or a gradient is not finite. The model then holds the best weights.
+rate and with a heavier retain term. The run ends when enough is forgotten, after the last round, after
+`patience` rounds without better weights, or when a loss or a gradient is not finite. The model then
+holds the best weights.
 
 Within any positive time limit a run takes at least one step, so that a run that is continued again and
 again finishes. A continued run gives the same bits as one without interruption: order, rate and the
@@ -138,10 +139,16 @@ class Descent:
             if at_end or self._now.step % self.bounds.check_every == 0:
                 if ended := self._measure():
                     return ended
+                if at_end and self._num_idle_rounds() >= self.bounds.patience:
+                    break
                 if at_end:
                     self._start_next_round()
                 self._save(job)
         return Ending.FINISHED if self._now.hold == 1.0 else Ending.BELOW_UTILITY_BOUND
+
+    def _num_idle_rounds(self) -> int:
+        """Return the number of whole rounds since the best weights were found."""
+        return (self._now.step - self._best.step) // self._round_len
 
     def _start_next_round(self) -> None:
         """Prepare the next round and its rate."""
@@ -302,8 +309,10 @@ class Descent:
         if ending == Ending.OUT_OF_TIME:
             return f"the time limit was reached after step {self._now.step} of {len(self._steps)}"
         if ending == Ending.FINISHED:
-            enough = self.bounds.is_enough(self._best.knowledge, at_end=True)
-            return f"nothing is known after step {self._best.step}" if enough else "all steps were taken"
+            if self.bounds.is_enough(self._best.knowledge, at_end=True):
+                return f"nothing is known after step {self._best.step}"
+            idle = f"{self._num_idle_rounds()} rounds found nothing better"
+            return idle if self._now.step < len(self._steps) else "all steps were taken"
         held = "the bound on utility stopped it: " if ending == Ending.BELOW_UTILITY_BOUND else ""
         return f"{held}{self._now.why}; the weights after step {self._best.step} were kept"
 

@@ -46,11 +46,15 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSettings:
-    """The bounds that are settings: the drop of utility, the target, and how often to measure."""
+    """The bounds that are settings: the drop of utility, the target, how often to measure, and patience.
+
+    A run ends after `patience` rounds in a row in which no better weights were found.
+    """
 
     max_utility_drop: float | None = None
     target_probability: float = 0.1
     check_every: int = 10
+    patience: int = 3
 
     def __post_init__(self) -> None:
         check_values("the bounds", self.problems())
@@ -60,7 +64,7 @@ class BoundSettings:
         yield from at_least_zero(
             target_probability=self.target_probability, **given(max_utility_drop=self.max_utility_drop)
         )
-        yield from whole_numbers(1, check_every=self.check_every)
+        yield from whole_numbers(1, check_every=self.check_every, patience=self.patience)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -492,6 +492,21 @@ def test_a_bound_that_holds_a_run_back_is_told_and_the_best_within_it_is_kept(le
     assert keeps_retained(model) >= keeps_retained(learnt) - 1e-3
 
 
+def test_rounds_that_find_nothing_better_end_a_run(learnt: Any) -> None:
+    def forgets_nothing(model: Any, thorough: bool) -> Knowledge:
+        del model, thorough
+        return Knowledge(1, 1, 0.9)
+
+    bounds = Bounds(knowledge=forgets_nothing, patience=2, check_every=1)
+    steps: list[int] = []
+    end = unlearn(
+        *(target(learnt), SETS, make_method("npo"), settings(num_rounds=9, num_epochs=3), bounds),
+        progress=lambda log: steps.append(log.step),
+    )
+    assert (end.ending, end.why, end.step) == (Ending.FINISHED, "2 rounds found nothing better", 0)
+    assert len(steps) == 2 * end.num_steps // 9
+
+
 def test_a_search_that_was_cut_short_goes_on_to_the_same_bits(learnt: Any, tmp_path: Path) -> None:
     """Rounds that are taken back among them."""
     bounds = Bounds(utility=keeps_retained, max_utility_drop=0.02, check_every=2, knowledge=knows)

@@ -26,6 +26,7 @@ def test_defaults_are_written_out_and_read_back_the_same(method: str) -> None:
         "max_utility_drop": 0.1,
         "target_probability": 0.1,
         "check_every": 10,
+        "patience": 3,
     }
     assert made["overlength"] == "refuse"
     assert "max_seconds" not in json.dumps(made)
@@ -51,6 +52,7 @@ def test_flat_values_find_their_blocks() -> None:
         "max_utility_drop": None,
         "target_probability": 0.1,
         "check_every": 3,
+        "patience": 3,
     }
 
 
@@ -67,7 +69,7 @@ def test_flat_values_find_their_blocks() -> None:
         ("npo", {"num_epochs": 10**9, "batch_size": 5000}, {"num_epochs", "batch_size"}),
         ("npo", {"lora_r": 0, "lora_alpha": "x"}, {"lora_r", "lora_alpha"}),
         ("npo", {"lora_r": True, "lora_target_modules": []}, {"lora_r", "lora_target_modules"}),
-        ("npo", {"check_every": 0.5, "max_utility_drop": -1}, {"check_every", "max_utility_drop"}),
+        ("npo", {"check_every": 0.5, "patience": 0}, {"check_every", "patience"}),
         ("npo", {"learning_rate": float("nan"), "max_steps": "x"}, {"learning_rate", "max_steps"}),
         ("npo", {"selection": "some", "selected_share": 0}, {"selection", "selected_share"}),
         ("npo", {"selected_share": "half"}, {"selected_share"}),
