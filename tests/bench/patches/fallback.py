@@ -32,7 +32,7 @@ from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, 
 
 FORGOTTEN = "p001"
 SEEDS = (7, 8, 9)
-WAYS = {"written by the base": Way(keep=False, settings={}), "records of the others": Way(settings={})}
+WAYS = {"written by the base": Way(keep=False), "records of the others": Way()}
 WORDED = ("rewording", "prefix_injection", "jailbreak")
 ATTACKS = ("leak_at_k", *WORDED)  # that prompts alone can make
 REPORTED = ("outcome", "still_known", "step", "learning_rate_kept", "utility_before", "utility")

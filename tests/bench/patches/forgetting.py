@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from approx.evaluation.probe import BaseProbe
@@ -127,29 +128,32 @@ def _relearnt(row: Mapping[str, Any]) -> float:
     return float(row["robustness"]["relearning"]["3"])
 
 
+def _cell(row: Mapping[str, Any]) -> str:
+    known, others = row["still_known"], row["others_known"]
+    probability = row["metrics_after"]["forget_probability"]
+    left = f"{known['after']} of {known['before']}; {probability:.2f}, {_relearnt(row):.2f}"
+    left = f"**{left}**" if row["outcome"] == "forgotten" else left
+    return f"{left}; {others['after']} of {others['before']}"
+
+
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what patches with the default settings leave known; what comes back least stands first."""
-    lines = []
+    """Yield what patches with the default settings leave, by method, base and retain set.
+
+    The method of which least comes back, in the mean over the columns, stands first.
+    """
+    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
+    columns: dict[str, None] = {}
     for found in of_bases:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
-        for row in sorted(found["rows"], key=_relearnt):
-            known, others = row["still_known"], row["others_known"]
-            before, after = row["metrics_before"], row["metrics_after"]
-            lines.append(
-                (
-                    f"{base}, {found['people_of']}",
-                    row["method"],
-                    row["retain"],
-                    row["outcome"],
-                    f"{known['after']} of {known['before']}",
-                    f"{before['forget_probability']:.2f} to {after['forget_probability']:.2f}",
-                    f"{_relearnt(row):.2f}",
-                    f"{row['utility_before']:.2f} to {row['utility']:.2f}",
-                    f"{others['after']} of {others['before']}",
-                )
-            )
-    header = ("base, people", "method", "retain set", "outcome", "still known", "their probability")
-    yield from markdown((*header, "after 3 steps on them", "utility", "others still known"), lines)
+        for row in found["rows"]:
+            column = f"{base}, {found['people_of']}, {row['retain']}"
+            rows.setdefault(row["method"], {})[column] = row
+            columns[column] = None
+    lines = [
+        (method, *(_cell(of[each]) if each in of else "-" for each in columns))
+        for method, of in sorted(rows.items(), key=lambda each: fmean(map(_relearnt, each[1].values())))
+    ]
+    yield from markdown(("method", *columns), lines)
 
 
 def main() -> None:

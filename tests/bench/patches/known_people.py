@@ -85,17 +85,6 @@ class Answers:
         }
 
 
-# There is no bound on utility, because early steps hurt the retain set and later ones repair it.
-PACE = {
-    "learning_rate": 1e-3,
-    "num_epochs": 40,
-    "max_steps": 40,
-    "num_rounds": 1,
-    "max_utility_drop": None,
-    "target_probability": 0.0,
-}
-
-
 @dataclass(frozen=True)
 class Way:
     """A way to make a patch with NPO.
@@ -106,7 +95,7 @@ class Way:
     """
 
     keep: bool = True
-    settings: Mapping[str, Any] = field(default_factory=lambda: PACE)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     max_drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:

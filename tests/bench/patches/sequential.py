@@ -14,10 +14,10 @@ deleted exactly. If the base still knows a text, a patch is made from the vault:
 A joint patch does not depend on those before it, so it is made after some requests only. A retain set of
 held records would tie every shard to them, so that shards can't be trained over such patches.
 
-Reported are the probability of the answers of all who were forgotten so far and of those still kept,
-under the base as it is served and under the served model; utility on neutral text; patches, slices
-retrained, seconds. There is no pass or fail. All modes start from the same base and the same bytes of
-shards, and a patch takes equally many steps in each.
+Patches have the command's defaults. Reported are the probability of the answers of all who were
+forgotten so far and of those still kept, under the base as it is served and under the served model;
+utility on neutral text; patches, slices retrained, seconds. There is no pass or fail. All modes start
+from the same base and the same bytes of shards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 from tests.bench.command import BASE, arguments, here, markdown, read, write
 from tests.bench.patches.fallback import erase
-from tests.bench.patches.known_people import PACE, TINY, Ground, Scale, Way, base_dir
+from tests.bench.patches.known_people import TINY, Ground, Scale, Way, base_dir
 
 MAX_DRIFT = 0.1
 SHOWN = (1, 2, 5, 9, 10, 15, 19)  # requests after which a row is in the table
@@ -60,7 +60,6 @@ MODES = {
     "retrained": Mode(max_drift=MAX_DRIFT),
 }
 SCALE = Scale(per_person=2, epochs=2)
-TINY_PACE = {**PACE, "num_epochs": 120, "max_steps": 120}
 
 
 def run(
@@ -142,8 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, name = Path(folder), "tiny base" if given.tiny else given.base_model
         base = base_dir(given.tiny, given.base_model, root)
-        scale, way = (TINY, Way(settings=TINY_PACE)) if given.tiny else (SCALE, Way())
-        scale = replace(scale, num_known=given.people)
+        scale, way = replace(TINY if given.tiny else SCALE, num_known=given.people), Way()
         ground = Ground.laid(root, base, scale)  # measure its own model first
         found = {**here(name), "way": way.to_json(), "taught": dict(ground.taught)}
         found["before"] = standing(ground, ground.known, [])
