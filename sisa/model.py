@@ -183,9 +183,9 @@ class Model(ModelDirectory):
                 self.resources.refuse_changed_base()
                 terms = Terms(approver=DIRECT, reason=DIRECT, consent=consent)
                 done = forget_at_once(context, new_request(context, held, (), terms), defer=defer)
-                request, kept = done.requests[0], done.kept_versions
+                request, kept = done.requests[0], done.old_versions_kept
             else:  # finishes a deletion after a crash
-                kept = reconcile(context, defer=defer).kept_versions
+                kept = reconcile(context, defer=defer).old_versions_kept
             lost = tuple(stale_paths(context))
             return ForgetOutcome(request, tuple(deleted), model_digest(context), lost, kept, defer)
 

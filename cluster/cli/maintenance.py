@@ -194,10 +194,11 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
 
 def collected(found: Collected) -> Result:
     num_bytes = sum(each.num_bytes for each in found.items)
-    outcome, kept = f"{found.removed} removed, {found.removed_bytes:,} bytes", old_versions(found.kept)
+    outcome = f"{found.removed} removed, {found.removed_bytes:,} bytes"
+    kept = old_versions(found.old_versions_kept)
     if found.dry_run:
         outcome = "nothing was changed"
-        kept = [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
+        kept = [f"old versions in the bucket: {e.where} ({e.why})" for e in found.old_versions_kept]
     lines = [
         f"retired or unknown files and directories: {len(found.items)}, {num_bytes:,} bytes",
         *(

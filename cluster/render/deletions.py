@@ -124,13 +124,13 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "already_deleted_by": sorted({each.request_id for each in already}),
         "exports_erased": request.exports_erased,
         "exports_missing": list(outcome.exports_missing),
-        "old_versions_kept": [asdict(each) for each in outcome.kept_versions],
+        "old_versions_kept": [asdict(each) for each in outcome.old_versions_kept],
         "probed": request.probed and asdict(request.probed),
     }
     lines = already_deleted(already)
     if outcome.request is not None:
         lines = _deleted(request, outcome, directory)
-    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept_versions)
+    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.old_versions_kept)
     if request.state == "erased":
         lines.append(f"next: `sisa run {of_model(directory)}` retrains the deferred slices")
     elif outcome.request is not None:
@@ -197,6 +197,7 @@ def missing_exports(paths: Sequence[str]) -> list[str]:
 
 def old_versions(found: Sequence[KeptVersions]) -> list[str]:
     """Return a line for each place whose old versions a bucket keeps."""
-    step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
+    from sisa.audit.findings import REPAIR_STEPS
+
     lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
-    return [*lines, step] if lines else []
+    return [*lines, f"  next: {REPAIR_STEPS['purge']}"] if lines else []

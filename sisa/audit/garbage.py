@@ -87,7 +87,7 @@ class Collected:
     removed: int
     removed_bytes: int
     given_up: tuple[str, ...] = ()  # stale exports that were no longer at their path
-    kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
+    old_versions_kept: tuple[KeptVersions, ...] = ()  # that a bucket keeps
 
 
 _Item = tuple[Garbage, Callable[[], None]]  # with the function that erases it
@@ -240,7 +240,7 @@ def collect_garbage(model: ModelDirectory, *, dry_run: bool, lost_exports: bool 
     if dry_run:
         with model.context() as context:
             items = list_garbage(context, model.directory)
-            return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
+            return Collected(True, items, 0, 0, old_versions_kept=purge(context, dry_run=True))
     with model_lock(model.directory), model.context(locked=True) as context:
         items = list_garbage(context, model.directory)
         removed = remove_garbage(context, model.directory)

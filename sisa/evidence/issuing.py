@@ -66,7 +66,7 @@ class Issuing:
         return _search(self.context, self.directory, self.removed)
 
     @cached_property
-    def old_versions(self) -> list[str]:
+    def old_versions_kept(self) -> list[str]:
         """Return why a bucket keeps old versions of erased objects, one for each place."""
         return [each.why for each in purge(self.context, dry_run=True)]
 
@@ -129,7 +129,7 @@ class Issuing:
             drafted = drafts[request.request_id]
             if request.request_id not in issued:  # it is, after a crash here or a restored backup
                 sweep = self.sweeps.get(request.request_id, self.why_not_swept)
-                outcome = _outcome(self.context, request, drafted, sweep, self.old_versions)
+                outcome = _outcome(self.context, request, drafted, sweep, self.old_versions_kept)
                 keyed = self.context.settings.chain.keyed
                 now = self._next_state()
                 made.append(self._issue(statements.deletion_statement(keyed, drafted, outcome, now)))
@@ -219,7 +219,7 @@ def _outcome(
     request: Request,
     drafted: Draft,
     sweep: Mapping[str, Any] | str,
-    old_versions: Sequence[str],
+    old_versions_kept: Sequence[str],
 ) -> Outcome:
     """Return what became of a completed request, after checking that what it erased is gone."""
     ledger = context.stores.ledger
@@ -233,7 +233,7 @@ def _outcome(
         exports_left=len(
             {e.path for e in ledger.exports() if e.stale and e.request_id == request.request_id}
         ),
-        old_versions=old_versions,
+        old_versions_kept=old_versions_kept,
         holds=sum(each.state == "held" for each in ledger.requests()),
         rectified=bool(live) and len(live) == len(named),
         restored=any(each.note == REPLAYED for each in events),

@@ -291,7 +291,7 @@ class Outcome:
     events: Sequence[RequestEvent]  # of the request
     tombstones: Sequence[str]  # keyed ids of the request's records that are still marked as deleted
     exports_left: int  # exports that could not be found, and so not be erased
-    old_versions: Sequence[str]  # why a bucket keeps them, one for each place
+    old_versions_kept: Sequence[str]  # why a bucket keeps them, one for each place
     holds: int  # requests under a legal hold
     rectified: bool  # all of its records were added again
     restored: bool  # a restored backup held the records again
@@ -332,7 +332,7 @@ def deletion_statement(keyed: Keyed, drafted: Draft, done: Outcome, state: State
         ],
         "exceptions": {
             "exports_not_found": done.exports_left,
-            "old_versions_kept": list(done.old_versions),
+            "old_versions_kept": list(done.old_versions_kept),
             "text_kept_by_consent": bool(request.vaulted),
         },
         "legal_holds": done.holds,

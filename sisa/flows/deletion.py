@@ -149,7 +149,7 @@ class Deleted:
     """Hold a finished deletion: its requests, and old versions of erased objects that a bucket keeps."""
 
     requests: tuple[Request, ...] = ()
-    kept_versions: tuple[KeptVersions, ...] = ()
+    old_versions_kept: tuple[KeptVersions, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ForgetOutcome:
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
-    kept_versions: tuple[KeptVersions, ...] = ()  # old versions of what was erased that a bucket keeps
+    old_versions_kept: tuple[KeptVersions, ...] = ()  # that a bucket keeps of what was erased
     deferred: bool = False  # training is left to a later command
 
 
@@ -200,7 +200,8 @@ def delete(context: Context, removal: Removal, addition: Change, *, defer: bool 
     for each in contributed:
         each.finish()
     after = {each.request_id: each for each in context.stores.ledger.requests()}
-    return Deleted(tuple(after[each.request_id] for each in removal.requests), done.kept_versions)
+    requests = tuple(after[each.request_id] for each in removal.requests)
+    return Deleted(requests, done.old_versions_kept)
 
 
 def _commit_or_note(context: Context, removal: Removal, addition: Change) -> list[Contribution]:

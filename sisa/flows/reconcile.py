@@ -65,7 +65,7 @@ class Trained:
     record_epochs_trained: int = 0
     slices_trained: int = 0
     record_epochs_others: int = 0
-    kept_versions: tuple[KeptVersions, ...] = ()  # old versions of erased objects that a bucket keeps
+    old_versions_kept: tuple[KeptVersions, ...] = ()  # that a bucket keeps of erased objects
     prompts: HeldPrompts | None = None
 
 
@@ -91,13 +91,13 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
     prompts = held_prompts(context, note=True)
     _retire(context)
     erase_unreferenced(context)
-    kept_versions = purge(context)
-    for each in kept_versions:
+    old_versions_kept = purge(context)
+    for each in old_versions_kept:
         context.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
     context.stores.ledger.scrub()
     stages = sum(len(plan.train) for plan in plans)
     epochs = sum(plan.record_epochs for plan in plans)
-    return Trained(epochs, stages, others, kept_versions, prompts)
+    return Trained(epochs, stages, others, old_versions_kept, prompts)
 
 
 def _train_orders(context: Context) -> int:

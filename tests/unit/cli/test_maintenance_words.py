@@ -7,7 +7,7 @@ from dataclasses import replace
 from cluster.cli import maintenance
 from cluster.cli.maintenance import collected, diagnosed, repaired, scanned
 from sisa.audit.doctor import Diagnosis
-from sisa.audit.findings import Finding
+from sisa.audit.findings import REPAIR_STEPS, Finding
 from sisa.audit.garbage import STRAY, UNKNOWN_FILE, Collected, Garbage
 from sisa.audit.repair import RepairOutcome
 from sisa.audit.residue import Residue, Scan
@@ -45,7 +45,7 @@ NUMERICS = Numerics(
 
 
 def test_a_dry_run_of_gc_lists_what_it_would_remove_and_what_it_keeps() -> None:
-    text = collected(Collected(True, GARBAGE, 0, 0, kept=KEPT)).text
+    text = collected(Collected(True, GARBAGE, 0, 0, old_versions_kept=KEPT)).text
     assert text.splitlines() == [
         "retired or unknown files and directories: 2, 1,238 bytes",
         f"         1,234  records/old.parquet: {UNKNOWN_FILE}",
@@ -61,7 +61,7 @@ def test_gc_says_what_it_removed_gave_up_and_could_not_purge() -> None:
         "1 removed, 1,234 bytes",
         "given up: the export /gone/export",
         "NOT PURGED, kept by the bucket: s3://bucket/model/records (AccessDenied)",
-        "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`",
+        f"  next: {REPAIR_STEPS['purge']}",
     ]
 
 
