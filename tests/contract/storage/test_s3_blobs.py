@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from sisa.core.checkpoint_files import MANIFEST_FILE
 from sisa.core.errors import EnvironmentFault, TransientError
 from sisa.store.blobs import s3_blobs, s3_client
-from sisa.store.blobs.s3_blobs import LAST, S3Blobs
+from sisa.store.blobs.s3_blobs import S3Blobs
 from tests.fakes.s3_server import Server, fresh_blobs
 
 
@@ -48,10 +49,10 @@ def test_parts_without_their_manifest_are_no_group(objects: S3Blobs) -> None:
     (left,) = objects.held()
     assert left != "g"
     assert (objects.get(f"{left}/weights", "file"), objects.num_bytes(left)) == (b"half", 4)
-    objects.put_group("g", {"weights": b"whole", LAST: b"{}"})
+    objects.put_group("g", {"weights": b"whole", MANIFEST_FILE: b"{}"})
     assert objects.held() == {"g"}
     objects.erase([left])  # finished meanwhile: it stays
-    assert objects.parts("g") == {"weights", LAST}
+    assert objects.parts("g") == {"weights", MANIFEST_FILE}
     objects.put("h/weights", b"half")
     objects.erase(objects.held() - {"g"})
     assert objects.held() == {"g"}
