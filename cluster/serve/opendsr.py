@@ -18,6 +18,7 @@ from sisa.core.errors import InvalidInput
 from sisa.core.requests import OPEN, UNDER_WAY, Request, RequestState
 from sisa.store.blobs.files import disk_errors
 
+OPENDSR = "OpenDSR"  # the reason of requests that came by it
 DsrStatus = Literal["pending", "in_progress", "completed", "cancelled"]
 
 
@@ -78,8 +79,12 @@ def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
 
 
 def received_at(request: Request) -> str:
-    """Return the `received_time` of a request: the day on which it arrived, else when it was entered."""
-    found = datetime.fromisoformat(request.received_on or request.created_at)
+    """Return the `received_time` of a request: when it came here.
+
+    The `received_on` of one that came by OpenDSR is the day on which the person asked the controller.
+    """
+    late = "" if request.reason == OPENDSR else request.received_on
+    found = datetime.fromisoformat(late or request.created_at)
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).isoformat(timespec="seconds")
 
 

@@ -21,6 +21,7 @@ from sisa.core.hooks import Removal
 from sisa.core.ports import Change
 from sisa.core.requests import (
     DROP,
+    GDPR_SINCE,
     RECTIFY,
     Regime,
     Request,
@@ -148,10 +149,10 @@ def new_request(
 def _dates(terms: Terms, today: str) -> tuple[str, str]:
     """Return the day of receipt, empty if it was not given, and the due date."""
     received_on = "" if terms.received_on is None else _day("day of receipt", terms.received_on)
-    if received_on > today:
+    if received_on and not GDPR_SINCE <= received_on <= today:
         raise InvalidInput(
-            "the day of receipt is in the future",
-            expected=f"{today} or earlier",
+            f"the day of receipt is {'in the future' if received_on > today else 'before the GDPR'}",
+            expected=f"{GDPR_SINCE} to {today}",
             got=received_on,
             next_step="give the day on which the request arrived, or none if it arrived today",
         )

@@ -12,11 +12,11 @@ without that block there is no OpenDSR here. What can't be served is refused wit
 than `controller_customer_id` in the form `raw` (a subject), several subjects in one request, and
 callbacks to hosts that the block does not list.
 
-An `erasure` is a request whose external id is the `subject_request_id`. It waits for approval as any
-other, which OpenDSR calls `pending`; a denied one is `cancelled`. `access` and `portability` are
-`completed` at once: the file is made when somebody whose token has the scope `access` opens the
-`results_url`. It is handed out once, within a week. Until then the service keeps keyed digests of the
-request's name and of the subject.
+An `erasure` is a request whose external id is the `subject_request_id`. Its term counts from the day of
+`submitted_time`, in UTC. It waits for approval as any other, which OpenDSR calls `pending`; a denied one
+is `cancelled`. `access` and `portability` are `completed` at once: the file is made when somebody whose
+token has the scope `access` opens the `results_url`. It is handed out once, within a week. Until then
+the service keeps keyed digests of the request's name and of the subject.
 
 Source: OpenDSR specification 1.0, sections 5 to 9 (github.com/opengdpr/OpenDSR, specification.md).
 """
@@ -36,7 +36,14 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from cluster.serve.api.rights import handed
 from cluster.serve.domain import Service, TheService
-from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, received_at, status_body
+from cluster.serve.opendsr import (
+    OPENDSR,
+    expected_by,
+    opendsr_headers,
+    opendsr_status,
+    received_at,
+    status_body,
+)
 from cluster.serve.problems import Refusal
 from cluster.serve.state import Call, Delivery, ServiceState
 from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
@@ -82,7 +89,9 @@ class DataSubjectRequest(BaseModel):
     regulation: Literal["gdpr", "ccpa"] = "gdpr"
     subject_request_id: _Uuid4
     subject_request_type: Literal["erasure", "access", "portability"]
-    submitted_time: AwareDatetime
+    submitted_time: AwareDatetime = Field(
+        description="When the person asked the controller: the term of an erasure counts from its day."
+    )
     subject_identities: Annotated[list[Identity], Field(min_length=1, max_length=100)]
     api_version: Annotated[str, Field(max_length=20)] = _VERSION
     status_callback_urls: Annotated[
@@ -144,7 +153,13 @@ def _submit_erasure(
     if state.call(_key(service, name)):
         raise _taken()
     regime = _REGIMES[asked.regulation]
-    terms = Terms(external_id=name, reason="OpenDSR", regime=regime, submitter=caller.name)
+    terms = Terms(
+        external_id=name,
+        reason=OPENDSR,
+        regime=regime,
+        received_on=asked.submitted_time.astimezone(UTC).date().isoformat(),
+        submitter=caller.name,
+    )
     made = caller.view(service.model).submit(subject=subject, terms=terms).request
     state.add_callbacks(made.request_id, asked.status_callback_urls)
     return expected_by(made), received_at(made)
@@ -307,7 +322,7 @@ def cancel_data_subject_request(
     if found is None:
         _call(service, subject_request_id)
         raise ConfigConflict("a request for access is completed at once, and can't be cancelled")
-    caller.view(service.model).decide(found.request_id, "cancelled", "OpenDSR", by=caller.name)
+    caller.view(service.model).decide(found.request_id, "cancelled", OPENDSR, by=caller.name)
     body = {
         "controller_id": block.controller_id,
         "received_time": datetime.now(UTC).isoformat(timespec="seconds"),

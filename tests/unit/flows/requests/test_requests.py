@@ -139,8 +139,8 @@ def test_a_due_date_does_not_precede_the_receipt(fake: FakeModel, due: str) -> N
     assert fake.ledger.requests() == []
 
 
-@pytest.mark.parametrize("received_on", ["", "soon", "2026-02-30", "2026-01-02"])
-def test_a_day_of_receipt_has_come(fake: FakeModel, received_on: str) -> None:
+@pytest.mark.parametrize("received_on", ["", "soon", "2026-02-30", "2026-01-02", "2018-05-24"])
+def test_a_day_of_receipt_has_come_under_the_law(fake: FakeModel, received_on: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         asked(fake, 3, terms=Terms(received_on=received_on))
     assert refused.value.next_step

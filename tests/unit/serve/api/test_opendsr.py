@@ -34,6 +34,7 @@ from tests.models.confessing import RUN_FILE, train_in
 
 DOMAIN, CALLBACK = "model.example", "https://controller.example/callbacks"
 NAME = "a7551968-d5d6-44b2-9831-815ac9017798"
+NOW = datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def asked(**changed: Any) -> dict[str, Any]:
         "regulation": "gdpr",
         "subject_request_id": NAME,
         "subject_request_type": "erasure",
-        "submitted_time": "2026-10-02T15:00:00Z",
+        "submitted_time": NOW.isoformat(),
         "subject_identities": [identity],
         "api_version": "1.0",
         "status_callback_urls": [CALLBACK],
@@ -178,6 +179,19 @@ def test_the_status_says_when_a_late_letter_arrived(client: TestClient, service:
     status = client.get(f"/opendsr/requests/{NAME}").json()
     assert status["received_time"] == f"{day}T00:00:00+00:00"
     assert status["expected_completion_time"] == f"{made.due}T23:59:59Z"
+
+
+def test_the_term_counts_from_the_day_on_which_the_person_asked(
+    client: TestClient, service: Service
+) -> None:
+    sent = asked(submitted_time="2020-01-31T23:30:00-05:00")
+    made = client.post("/opendsr/requests", json=sent).json()
+    found = service.model.request(NAME).request
+    assert (found.received_on, found.due) == ("2020-02-01", "2020-03-01")
+    assert made["expected_completion_time"] == "2020-03-01T23:59:59Z"
+    received = datetime.fromisoformat(found.created_at).isoformat(timespec="seconds")
+    status = client.get(f"/opendsr/requests/{NAME}").json()
+    assert made["received_time"] == status["received_time"] == received  # when it came here
 
 
 def test_a_pending_request_is_cancelled(client: TestClient) -> None:
@@ -285,6 +299,9 @@ NOBODY = {**IDENTITY, "identity_value": "nobody"}
         ({"status_callback_urls": ["https://169.254.169.254/"]}, 400),
         ({"status_callback_urls": ["https://a@controller.example/"]}, 400),
         ({"subject_request_id": "T-1"}, 422),
+        ({"submitted_time": (NOW + timedelta(days=2)).isoformat()}, 400),
+        ({"submitted_time": "2018-05-24T23:00:00Z"}, 400),
+        ({"submitted_time": "2026-01-30T15:00:00"}, 422),
         ({"regulation": "lgpd"}, 422),
     ],
 )
