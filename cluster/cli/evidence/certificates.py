@@ -220,6 +220,8 @@ def _form(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Any:
         return [_form(schema["items"], named)]
     if "oneOf" in schema:
         return str | dict
+    if schema.get("type") == ["integer", "null"]:
+        return int | None
     return {"integer": int, "boolean": bool}.get(str(schema.get("type")), str)
 
 
@@ -296,6 +298,9 @@ def _words(found: Certificate) -> Iterator[str]:
     if "right" in stated:
         records = counted(stated["num_records"], "record")
         yield f"  {stated['right']} of {records}, made at {stated['at']}"
+    if "reason" in stated:
+        new = stated["keys"]["certificates"][-1]
+        yield f"  {stated['reason']}: {new['keyid']} signs entries from {new['since']} on"
     for each in stated.get("in_force", ()):
         yield f"  restricted since {each['since']}: {counted(each['num_records'], 'record')}"
     for each in stated.get("held_back", ()):

@@ -405,7 +405,7 @@ def test_the_schema_refuses_other_forms(model: Certified, damage: Callable[[Any]
     "name",
     [
         *("deletion", "approx_report", "revocations", "test_result", "provenance"),
-        *("access", "restriction", "audit"),
+        *("access", "restriction", "audit", "key_handover"),
     ],
 )
 def test_the_readme_lists_every_field_as_the_schema_describes_it(name: str) -> None:

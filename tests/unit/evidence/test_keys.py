@@ -63,7 +63,7 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
 from tests.crash import crashing, fuses
-from tests.models.certified import certified
+from tests.models.certified import certified, check_statement
 
 MODEL = "0f" * 16
 STATEMENT = {
@@ -202,6 +202,7 @@ def test_the_old_key_hands_over_to_the_new_one(tmp_path: Path, keys: Keys) -> No
     (entry,) = log.entries(1)
     assert entry.predicate_type == KEY_HANDOVER
     handover = verify_envelope(log.statement(entry.sha256), keys.public)  # whoever has the old file
+    check_statement(handover)
     assert handover["predicate"]["keys"]["certificates"][-1]["keyid"] == new.present.keyid
     assert verify_envelope(log.statement(entry.sha256), new.public, 1) == handover
     assert verify_envelope(first, new.public, 0)
@@ -232,7 +233,9 @@ def test_a_lost_or_leaked_keys_certificates_stay_valid_up_to_an_entry(
                 verify_envelope(each, new.public, n)
     (entry,) = log.entries(2)
     handover = log.statement(entry.sha256)
-    assert verify_envelope(handover, new.public, 2)["predicate"]["reason"] == reason
+    stated = verify_envelope(handover, new.public, 2)
+    check_statement(stated)
+    assert stated["predicate"]["reason"] == reason
     with pytest.raises(Refused, match="lost or leaked"):  # the old key shows nothing of the new one
         followed(tmp_path, keys.public)
     assert followed(tmp_path, new.public) == new.public

@@ -26,7 +26,7 @@ Ask = Callable[..., dict[str, Any]]
 Sisa = Callable[..., tuple[int, str, str]]
 
 
-def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) -> None:
+def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, sisa: Sisa, tmp_path: Path) -> None:
     made = ask("keys", "init", "-m", model)
     (stated,) = (model / "log" / "statements").iterdir()  # what the model holds
     assert Path(made["directory"]) == tmp_path / "state" / "sisa" / "evidence-keys" / NAME
@@ -42,6 +42,8 @@ def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, tmp_path: Path) 
     (handover,) = {*(model / "log" / "statements").iterdir()} - {stated}
     keys = parse_keys(published.read_bytes())
     assert verify_envelope(handover.read_bytes(), keys, 1)["predicate"]["reason"] == "rotated"
+    words = sisa("certificate", "show", "-m", model, handover.stem)[1]
+    assert f"  rotated: {new['keyid']} signs entries from 2 on" in words.splitlines()
     last = ask("keys", "rotate", "-m", model, "--leaked", "--until", 2)
     assert [each["until"] for each in last["certificates"]] == [2, 2, None]
     with pytest.raises(Refused):
