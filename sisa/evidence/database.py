@@ -28,11 +28,11 @@ from sisa.core.domain import ANY_SHARD, Export, HeldCheckpoint
 from sisa.core.errors import IntegrityError
 from sisa.evidence import statements
 from sisa.evidence.log.log import Log, statement_in
-from sisa.evidence.statements import ACCESS, RESTRICTION, Draft
+from sisa.evidence.statements import ACCESS, APPROX_REPORT, RESTRICTION, Draft
 from sisa.store.blobs.files import disk_errors
 from sisa.store.blobs.sqlite_files import database_in_use, open_journaled, sqlite_fault
 from sisa.store.ledger.backend import PATIENCE_S
-from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED
+from sisa.verifier.certificate import CERTIFICATES, CHAINED
 from sisa.verifier.envelope import Refused
 
 _SCHEMA = """

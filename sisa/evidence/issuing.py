@@ -29,6 +29,7 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.membership import Membership
 from sisa.evidence.statements import (
     ACCESS,
+    APPROX_REPORT,
     NOT_RUN,
     RESTRICTION,
     Draft,
@@ -43,7 +44,7 @@ from sisa.flows.context.served import restricted_rows, restrictions, served_head
 from sisa.flows.restored_backup import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.store.blobs.files import TEMPORARY_PREFIX
-from sisa.verifier.certificate import APPROX_REPORT, CERTIFICATES, CHAINED, STATE
+from sisa.verifier.certificate import CERTIFICATES, CHAINED, STATE
 
 MAX_STRINGS, MAX_SEARCHED_BYTES = 200, 64 * 2**20  # half a second of a core
 

@@ -33,7 +33,6 @@ from sisa.core.requests import Probed, Request, RequestEvent, RequestState
 from sisa.planning.plan import tainted_checkpoints
 from sisa.store.areas import CHECKPOINTS, HIDDEN_STATES, INDEX, RECORDS
 from sisa.verifier.certificate import (
-    APPROX_REPORT,
     CERTIFICATES,
     CHAINED,
     EXACT,
@@ -50,6 +49,7 @@ from sisa.verifier.merkle import leaf_hash, root
 PROVENANCE = "https://slsa.dev/provenance/v1"
 SHARD_TRAINING = f"{URN}shard-training:v1"
 ACCESS, RESTRICTION = f"{URN}access:v1", f"{URN}restriction:v1"
+APPROX_REPORT = f"{URN}approx-report:v1"
 NOT_RUN = "not run"
 ROW_KINDS = ("index row", "ledger row", "tombstone")  # one for each record
 MAX_LISTED = 1_000  # rows that a certificate lists

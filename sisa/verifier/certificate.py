@@ -36,7 +36,6 @@ from sisa.verifier.note import Checkpoint, verify_proof
 URN = "urn:deletion-ready-model:"
 EXACT, MIXED = f"{URN}exact-deletion:v1", f"{URN}mixed-deletion:v1"
 RECTIFICATION, STATE = f"{URN}rectification:v1", f"{URN}state:v1"
-APPROX_REPORT, KEY_HANDOVER = f"{URN}approx-report:v1", f"{URN}key-handover:v1"
 REBUILD, AUDIT, REVOCATIONS = f"{URN}rebuild:v1", f"{URN}audit:v1", f"{URN}revocations:v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 CERTIFICATES = (EXACT, MIXED, RECTIFICATION)
@@ -64,11 +63,6 @@ class Certificate:
         return str(self.statement["predicateType"])
 
 
-def parse_file(data: bytes, what: str, form: Any) -> dict[str, Any]:
-    """Return the members of a file: canonical JSON of a form, and a line break. Raise Refused."""
-    return parse_canonical(data, what, form, end=b"\n")
-
-
 def log_entry(sha256: str, predicate_type: str) -> bytes:
     """Return the log's entry for a statement whose envelope has this sha256."""
     return canonical({"predicateType": predicate_type, "sha256": sha256})
@@ -89,7 +83,7 @@ def verify_certificate(data: bytes, keys: PublicKeys) -> Certificate:
 
 def verify_logged(data: bytes, keys: PublicKeys) -> Certificate:
     """Return any statement of the log, from a file in the form of a certificate's. Raise Refused."""
-    file = parse_file(data, "the certificate", _FILE)
+    file = parse_canonical(data, "the certificate", _FILE, b"\n")
     entry, envelope = file["entry"].encode(), file["envelope"].encode()
     index, checkpoint = verify_proof(file["proof"].encode(), entry, keys.log)
     statement = _stated(envelope, entry, keys, index)
@@ -111,7 +105,7 @@ def _stated(envelope: bytes, entry: bytes, keys: PublicKeys, index: int) -> dict
 
 def verify_receipt(data: bytes, certificate: Certificate, keys: PublicKeys) -> str:
     """Return the id of the record that a receipt shows the certificate to be about. Raise Refused."""
-    receipt = parse_file(data, "the receipt", _RECEIPT)
+    receipt = parse_canonical(data, "the receipt", _RECEIPT, b"\n")
     if (of := receipt["certificate"]) != certificate.sha256:
         step = "verify it with the one it was made for"
         raise Refused("the receipt is of another certificate", certificate.sha256, of, next_step=step)

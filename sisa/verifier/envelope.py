@@ -114,7 +114,7 @@ def check_form(value: Any, what: str, form: Any, where: str = "") -> Any:
 
 
 def parse_canonical(data: bytes, what: str, form: Any, end: bytes = b"") -> dict[str, Any]:
-    """Return the members of a JSON object of a form, in its one way to be written."""
+    """Return the members of a JSON object of a form, in its one way to be written, before `end`."""
     found: dict[str, Any] = check_form(strict_json(data, what), what, form)
     if canonical(found) + end != data:
         raise Refused(f"{what} is not in canonical form", next_step="get it as it was published")

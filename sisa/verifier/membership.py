@@ -25,8 +25,15 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from sisa.verifier.certificate import CHAINED, Certificate, parse_file, verify_logged
-from sisa.verifier.envelope import SHA256_HEX, PublicKeys, Refused, canonical, check_form
+from sisa.verifier.certificate import CHAINED, Certificate, verify_logged
+from sisa.verifier.envelope import (
+    SHA256_HEX,
+    PublicKeys,
+    Refused,
+    canonical,
+    check_form,
+    parse_canonical,
+)
 from sisa.verifier.merkle import leaf_hash, node_hash
 from sisa.verifier.vrf import verify_output
 
@@ -50,7 +57,7 @@ class MembershipProof:
 
 def verify_membership(data: bytes, keys: PublicKeys) -> MembershipProof:
     """Return what a membership proof file shows. Raise Refused."""
-    file = parse_file(data, "the membership proof", _FILE)
+    file = parse_canonical(data, "the membership proof", _FILE, b"\n")
     state = verify_logged(file["state"].encode(), keys)
     if state.kind not in CHAINED:
         raise Refused("the proof is about no state", " or ".join(CHAINED), state.kind[:80])

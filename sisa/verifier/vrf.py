@@ -14,6 +14,7 @@ the prime-order group, where the RFC accepts more: honest owners make no others.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from hashlib import sha512
 
 from nacl.bindings import crypto_core_ed25519_add as add
@@ -51,12 +52,9 @@ def encode_to_curve(public: bytes, alpha: bytes) -> bytes:
     """Return the point that belongs to an input: try and increment (section 5.4.1.1)."""
     for counter in range(256):
         tried = sha512(SUITE + b"\x01" + public + alpha + bytes([counter, 0])).digest()[:32]
-        try:
-            point = times_cofactor(tried)
-        except RuntimeError:  # about half of all strings are no point
-            continue
-        if point != IDENTITY:
-            return point
+        with suppress(RuntimeError):  # about half of all strings are no point
+            if (point := times_cofactor(tried)) != IDENTITY:
+                return point
     raise _refused("an input that no point belongs to")
 
 

@@ -56,11 +56,10 @@ from sisa.evidence.keys.signing import (
     statement_key,
 )
 from sisa.evidence.log.log import Log, origin, statement_in
-from sisa.evidence.log.published import HANDOVER_FORM
+from sisa.evidence.log.published import HANDOVER_FORM, KEY_HANDOVER
 from sisa.evidence.statements import statement
 from sisa.store.blobs import files
 from sisa.verifier import note
-from sisa.verifier.certificate import KEY_HANDOVER
 from sisa.verifier.envelope import (
     ED25519,
     KEYS_PAYLOAD_TYPE,

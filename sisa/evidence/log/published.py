@@ -26,7 +26,7 @@ from sisa.evidence.log.tiles import (
 )
 from sisa.store.blobs import files
 from sisa.verifier import merkle, note
-from sisa.verifier.certificate import ENTRY_FORM, KEY_HANDOVER
+from sisa.verifier.certificate import ENTRY_FORM, URN
 from sisa.verifier.envelope import (
     PublicKeys,
     Refused,
@@ -39,6 +39,7 @@ from sisa.verifier.note import WIDTH, Checkpoint
 
 MAX_FILE_BYTES = WIDTH * (2 + MAX_ENTRY_BYTES)  # a full bundle
 FETCH_TIMEOUT_S = 20
+KEY_HANDOVER = f"{URN}key-handover:v1"
 HANDOVER_FORM = {"reason": str, "keys": dict}
 
 

@@ -23,14 +23,13 @@ from sisa.evidence import issuing
 from sisa.evidence.database import EvidenceTables
 from sisa.evidence.keys.keys import Keys
 from sisa.evidence.log.log import Log
-from sisa.evidence.statements import Draft
+from sisa.evidence.statements import APPROX_REPORT, Draft
 from sisa.flows.context.commit import commit
 from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
 from sisa.store.areas import LOG
 from sisa.verifier.certificate import (
-    APPROX_REPORT,
     CERTIFICATES,
     EXACT,
     MIXED,

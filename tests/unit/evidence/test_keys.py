@@ -56,11 +56,11 @@ from sisa.evidence.keys.keys import (
 from sisa.evidence.keys.model_keys import PUBLIC_KEYS, log_for_writing
 from sisa.evidence.keys.signing import read_public_key
 from sisa.evidence.log.log import Log
-from sisa.evidence.log.published import check_log, follow, log_reader
+from sisa.evidence.log.published import KEY_HANDOVER, check_log, follow, log_reader
 from sisa.store.areas import LOG
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.verifier.certificate import EXACT, KEY_HANDOVER, STATE, verify_chain
+from sisa.verifier.certificate import EXACT, STATE, verify_chain
 from sisa.verifier.envelope import PublicKeys, Refused, parse_keys, verify_envelope
 from tests.crash import crashing, fuses
 from tests.models.certified import certified, check_statement

@@ -16,7 +16,7 @@ import pytest
 
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.membership import SCHEMA, Tree, tree_hash
-from sisa.verifier.certificate import APPROX_REPORT
+from sisa.evidence.statements import APPROX_REPORT
 from sisa.verifier.envelope import Refused
 from sisa.verifier.membership import (
     EMPTY_TREE,
