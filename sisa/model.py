@@ -234,17 +234,17 @@ class Model(ModelDirectory):
     def decide(
         self, request_id: str, state: RequestState, note: str = "", *, by: str = ""
     ) -> RequestView:
-        """Move a request to approved, held, denied or cancelled, in the name `by`.
+        """Move a request to approved, held, denied or cancelled, in the name `by`. Raise ConfigConflict.
 
-        Without `by`, the note of an approval is the approver's name. Raise ConfigConflict.
+        An approval needs `by`, a denial or a hold a note.
         """
         with self.deciding() as context:
-            return view_of(context, decide(context, request_id, state, note, by))
+            return view_of(context, decide(context, request_id, state, note, by=by))
 
     def extend(self, request_id: str, reason: str, *, by: str = "") -> RequestView:
         """Extend a request's due date once, with a reason, in the name `by`. Raise ConfigConflict."""
         with self.deciding() as context:
-            return view_of(context, extend(context, request_id, reason, by))
+            return view_of(context, extend(context, request_id, reason, by=by))
 
     @retry_read
     def plan_run(self) -> RunPlan:

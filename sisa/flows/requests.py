@@ -210,7 +210,7 @@ def submit(
             commit(context, new.change())
             return new.request
         if terms.approver is not None and known.state == "received":
-            return decide(context, known.request_id, "approved", terms.approver)
+            return decide(context, known.request_id, "approved", by=terms.approver)
         return known
 
 
@@ -281,28 +281,28 @@ def view_of(context: Context, request: Request) -> RequestView:
     return next(each for each in views(context) if each.request.request_id == request.request_id)
 
 
-def decide(context: Context, request_id: str, state: RequestState, note: str, by: str = "") -> Request:
-    """Approve, hold, deny or cancel a request, in the name `by`.
+def decide(
+    context: Context, request_id: str, state: RequestState, note: str = "", *, by: str = ""
+) -> Request:
+    """Approve, hold, deny or cancel a request, in the name `by`, which an approval needs.
 
-    Without `by`, the note of an approval is the approver's name. Raise UnknownRecord, ConfigConflict (of
-    its state, or of four eyes) or InvalidInput.
+    Raise UnknownRecord, ConfigConflict (of its state, or of four eyes) or InvalidInput.
     """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
-    approver = by or note
-    if state == "approved" and not approver.strip():
+    if state == "approved" and not by.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     with context.stores.ledger.exclusive():
         found = find_request(context, request_id)
-        request = moved(found, state, approver)
+        request = moved(found, state, by)
         if state == "approved" and context.settings.config.service.four_eyes:
-            check_four_eyes(found.submitter, approver)
+            check_four_eyes(found.submitter, by)
         signed_note = ": ".join(filter(None, (by, note)))
         commit(context, Change(requests=[request], events=[event(request, context.now(), signed_note)]))
     return request
 
 
-def extend(context: Context, request_id: str, reason: str, by: str = "") -> Request:
+def extend(context: Context, request_id: str, reason: str, *, by: str = "") -> Request:
     """Extend the due date by what the regime allows, in the name `by`.
 
     Raise ConfigConflict or InvalidInput.

@@ -95,7 +95,7 @@ class People:
             elif move == "extend":
                 request = extend(context, name, "it is difficult")
             else:
-                request = decide(context, name, move, "dpo")  # type: ignore[arg-type]
+                request = decide(context, name, move, "because", by="dpo")  # type: ignore[arg-type]
             self.accepted.append((request.request_id, move))
 
 

@@ -95,7 +95,7 @@ def test_every_change_is_reported_in_order_also_of_commands_and_while_nobody_ser
     command = open_model(model.directory)
     submit(command)
     assert courier.turn() == 1
-    command.decide("T-1", "approved", "dpo")
+    command.decide("T-1", "approved", by="dpo")
     command.run()
     again = Courier(model, receivers, clock)  # a service that is started later
     again.turn()
@@ -115,7 +115,7 @@ def test_a_failing_receiver_is_tried_again_in_order_and_holds_up_no_other(
 ) -> None:
     receivers.statuses[URL] = 503
     submit(model)
-    model.decide("T-1", "approved", "dpo")
+    model.decide("T-1", "approved", by="dpo")
     model.run()
     courier.turn()
     assert receivers.states() == ["received"]

@@ -108,12 +108,12 @@ def test_requests_of_others_are_neither_seen_nor_decided(model: Model, group: Mo
     both = model.submit([own[1], foreign[1]]).request.request_id
     assert [each.request.request_id for each in group.requests()] == [mine]
     assert len(model.requests()) == 3
-    assert group.decide("T-1", "approved", "anna").request.state == "approved"
+    assert group.decide("T-1", "approved", by="anna").request.state == "approved"
     for name in (theirs, both, "T-2"):
         with pytest.raises(UnknownRecord):
             group.request(name)
         with pytest.raises(UnknownRecord):
-            group.decide(name, "approved", "anna")
+            group.decide(name, "approved", by="anna")
         with pytest.raises(UnknownRecord):
             group.extend(name, "because")
     assert {each.request.state for each in model.requests()[1:]} == {"received"}

@@ -81,7 +81,7 @@ def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], n
     for each in (one, other):
         sound(context, each, now)
     decide(context, "T-1", "held", "a court")
-    decide(context, "T-1", "approved", "dpo")
+    decide(context, "T-1", "approved", by="dpo")
     extend(context, "T-1", "complex")
     plan: RunPlan = plan_run(context)
     assert set(plan.requests) == {one.request_id, other.request_id}

@@ -74,7 +74,7 @@ def at(fake: FakeModel, now: str) -> Context:
 
 def run(context: Context, *requests: str) -> tuple[Request, ...]:
     for each in requests:
-        decide(context, each, "approved", "dpo")
+        decide(context, each, "approved", by="dpo")
     held = {each.request_id: each for each in context.stores.ledger.requests()}
     return carry_out(context, [held[each] for each in requests])
 

@@ -57,7 +57,7 @@ def test_nobody_approves_what_they_submitted(history: list[tuple[str, str, str, 
                 submit(context, [rows[number]], (), terms)
             else:
                 state = {"approve": "approved", "hold": "held", "deny": "denied"}[move]
-                decide(context, f"T-{number}", state, other or "because", one)  # type: ignore[arg-type]
+                decide(context, f"T-{number}", state, other or "because", by=one)  # type: ignore[arg-type]
         except SisaError:
             continue
     for each in context.stores.ledger.requests():
@@ -81,7 +81,7 @@ def test_a_request_from_before_needs_a_submitter_too() -> None:
     former = with_config(context, service=ServiceBlock(four_eyes=False))
     known = submit(former, [row], (), Terms())
     with pytest.raises(ConfigConflict, match="no submitter is named"):
-        decide(context, known.request_id, "approved", "ben")
+        decide(context, known.request_id, "approved", by="ben")
     assert decide(context, known.request_id, "cancelled", "").state == "cancelled"
 
 
@@ -90,8 +90,8 @@ def test_two_people_delete_exactly_as_ever() -> None:
     row = next(row for s in range(9) for row in context.stores.ledger.rows(s))
     known = submit(context, [row], (), Terms(submitter="anna"))
     with pytest.raises(ConfigConflict, match="may not approve"):
-        decide(context, known.request_id, "approved", "", "ANNA")
-    agreed = decide(context, known.request_id, "approved", "checked", "ben")
+        decide(context, known.request_id, "approved", by="ANNA")
+    agreed = decide(context, known.request_id, "approved", "checked", by="ben")
     assert (agreed.approver, context.stores.ledger.events()[-1].note) == ("ben", "ben: checked")
     (done,) = carry_out(context, [agreed])
     assert (done.state, done.submitter, done.approver) == ("completed", "anna", "ben")

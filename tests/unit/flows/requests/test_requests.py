@@ -268,7 +268,7 @@ def test_a_request_whose_records_were_deleted_meanwhile_is_completed(fake: FakeM
     run_all(fake)
     before = held_bytes(fake)
     fake.trained.clear()
-    decide(fake.context, late.request_id, "approved", "dpo")
+    decide(fake.context, late.request_id, "approved", by="dpo")
     (done,) = run_all(fake)
     assert (done.state, done.num_records, done.shards, fake.trained) == ("completed", 0, (), [])
     assert states(fake, late) == WHOLE_LIFE
@@ -296,7 +296,7 @@ def test_what_is_not_approved_never_runs(fake: FakeModel, decision: RequestState
 def test_a_request_runs_as_the_ledger_holds_it(fake: FakeModel) -> None:
     """What was decided since the caller looked is kept."""
     stale = asked(fake, 3, terms=Terms())
-    decide(fake.context, stale.request_id, "approved", "dpo")
+    decide(fake.context, stale.request_id, "approved", by="dpo")
     extend(fake.context, stale.request_id, "complex")
     (done,) = carry_out(fake.context, [stale])
     assert (done.state, done.approver, done.extension) == ("completed", "dpo", "complex")
@@ -326,11 +326,12 @@ def test_decisions_need_their_reason_or_approver(
 ) -> None:
     request = asked(fake, 3, terms=Terms())
     with pytest.raises(InvalidInput):
-        decide(fake.context, request.request_id, decision, " ")
+        decide(fake.context, request.request_id, decision, " ", by=" ")
     with pytest.raises(InvalidInput):
         extend(fake.context, request.request_id, " ")
     assert states(fake, request) == ["received"]
-    decided = decide(fake.context, request.request_id, decision, note)
+    own = {"by": note} if decision == "approved" else {"note": note}
+    decided = decide(fake.context, request.request_id, decision, **own)
     assert decided == find_request(fake.context, request.request_id)
     last = view_of(fake.context, request).events[-1]
     assert (decided.state, last.state, last.note) == (decision, decision, note)
@@ -339,7 +340,7 @@ def test_decisions_need_their_reason_or_approver(
 def test_no_one_decides_that_a_request_is_completed(fake: FakeModel) -> None:
     request = asked(fake, 3)
     with pytest.raises(SisaError):
-        decide(fake.context, request.request_id, "completed", "dpo")
+        decide(fake.context, request.request_id, "completed", by="dpo")
 
 
 def test_an_extension_moves_the_due_date_and_is_reported(fake: FakeModel) -> None:
@@ -498,7 +499,7 @@ def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeMo
     assert not served(fake) & ids({0, 1, 2, 3})
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
-            decide(fake.context, request.request_id, decision, "too late")
+            decide(fake.context, request.request_id, decision, "too late", by="dpo")
     assert ready(fake.context) == []  # it is not deleted twice, only finished
     meanwhile: list[Request] = []
     fake.before_run.append(lambda: meanwhile.append(find_request(fake.context, request.request_id)))
@@ -724,11 +725,11 @@ def test_any_history_of_requests_leaves_what_was_not_completed(
             position = arguments[0] % len(requests)
             name = requests[position].request_id
             if expected[position] in CAN[act]:
-                decide(fake.context, name, ACTS[act], "a reason")
+                decide(fake.context, name, ACTS[act], "a reason", by="dpo")
                 expected[position] = ACTS[act]
             else:
                 with pytest.raises(ConfigConflict):
-                    decide(fake.context, name, ACTS[act], "a reason")
+                    decide(fake.context, name, ACTS[act], "a reason", by="dpo")
         elif act in ("run", "fail"):
             if act == "run":
                 run_all(fake)

@@ -33,7 +33,7 @@ model = Model(sys.argv[1], executor="serial")
 for number in map(int, sys.argv[2:]):
     name = f"T-{number}"
     model.submit([f"id-{number:04d}"], terms=Terms(external_id=name))
-    model.decide(name, "approved", "dpo")
+    model.decide(name, "approved", by="dpo")
     model.extend(name, "difficult")
 """
 
@@ -92,7 +92,7 @@ def test_requests_are_taken_in_while_a_deletion_trains(
     under_way = model.requests()[0].request.request_id
     for name in ("T-1", "T-2"):
         model.submit([f"id-000{name[-1]}"], terms=Terms(external_id=name))
-    model.decide("T-1", "approved", "dpo")
+    model.decide("T-1", "approved", by="dpo")
     assert model.extend("T-1", "difficult").request.extension == "difficult"
     model.decide("T-2", "cancelled")
     model.extend(under_way, "it trains")  # the deletion writes this request again when it is done
@@ -119,7 +119,7 @@ def test_no_event_is_lost_beside_a_stream_of_deletions(directory: Path) -> None:
         for number in some:
             name = f"T-{number}"
             model.submit([f"id-{number:04d}"], terms=Terms(external_id=name))
-            model.decide(name, "approved", "dpo")
+            model.decide(name, "approved", by="dpo")
             model.extend(name, "difficult")
 
     threads = [threading.Thread(target=submit, args=(some,)) for some in numbers[2:]]

@@ -135,7 +135,7 @@ def test_an_erasure_from_receipt_to_callback(client: TestClient, service: Servic
     response = client.get(f"/opendsr/requests/{NAME}")
     status = verify(client, response.content, response.headers)
     assert (status["request_status"], status["received_time"]) == ("pending", made["received_time"])
-    service.model.decide(NAME, "approved", "dpo")
+    service.model.decide(NAME, "approved", by="dpo")
     service.model.run()
     courier.turn()
     assert client.get(f"/opendsr/requests/{NAME}").json()["request_status"] == "completed"
