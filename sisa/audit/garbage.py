@@ -24,7 +24,7 @@ from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.context.areas import known_by_area, purge
 from sisa.flows.context.commit import commit
 from sisa.flows.context.context import Context
-from sisa.flows.context.plans import plans_of, view_shards
+from sisa.flows.context.plans import retired
 from sisa.flows.context.stale_exports import give_up_lost
 from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring import moving, wiring
@@ -100,10 +100,8 @@ def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 
 def _listed(context: Context, directory: Path) -> list[_Item]:
     known = {**known_by_area(context), areas.METRICS: run_files(directory / areas.METRICS)}
-    heads = context.stores.ledger.heads()
-    views = view_shards(context, [head.shard for head in heads if head.converged])  # others still serve
-    retired = frozenset(key for plan in plans_of(context, views) for key in plan.retired)
-    in_area = partial(_garbage_in_area, context, directory, retired, _waiting(context))
+    dropped = frozenset(retired(context))
+    in_area = partial(_garbage_in_area, context, directory, dropped, _waiting(context))
     here = LocalBlobs(directory)
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
@@ -142,7 +140,7 @@ def local_root(blobs: BlobStore) -> Path | None:
 def _garbage_in_area(
     context: Context,
     directory: Path,
-    retired: frozenset[str],
+    dropped: frozenset[str],
     waiting: frozenset[str],
     area: str,
     known: frozenset[str],
@@ -151,7 +149,7 @@ def _garbage_in_area(
     blobs = context.stores.blobs[area]
     found: list[_Item] = []
     for entry in sorted(blobs.held()):
-        if entry in retired:
+        if entry in dropped:
             found.append(_item(directory, blobs, entry, RETIRED))
         elif entry in known:
             if area in (areas.CHECKPOINTS, areas.PATCHES):
@@ -221,9 +219,8 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     """Remove what is removable and return it; the caller holds the writer lock."""
     found = [each for each in _listed(context, directory) if each[0].removable]
     gone = [garbage for garbage, _ in found]
-    retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
-    if retired:
-        commit(context, Change(dropped=retired))
+    if dropped := [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]:
+        commit(context, Change(dropped=dropped))
     kept = {**known_by_area(context), areas.REPLAYS: frozenset[str]()}
     kept[areas.CHECKPOINTS] |= _waiting(context)
     for area, names in kept.items():

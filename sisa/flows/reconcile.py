@@ -42,7 +42,7 @@ from sisa.flows.context.areas import known_by_area, purge, stores_by_area
 from sisa.flows.context.commit import commit
 from sisa.flows.context.consistency import check_since_last_time
 from sisa.flows.context.context import Context
-from sisa.flows.context.plans import plan_of, plans_of, view_shard, view_shards
+from sisa.flows.context.plans import plan_of, plans_of, retired, view_shard, view_shards
 from sisa.flows.context.served import model_digest
 from sisa.flows.context.stale_exports import (
     count_by_request,
@@ -307,11 +307,7 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
 
 
 def _retire(context: Context) -> None:
-    converged = [head.shard for head in context.stores.ledger.heads() if head.converged]
-    dropped = [
-        key for plan in plans_of(context, view_shards(context, converged)) for key in plan.retired
-    ]
-    if dropped:
+    if dropped := retired(context):
         commit(context, Change(dropped=dropped))
     budget = context.recipe.shard_budget
     if budget is None:

@@ -46,6 +46,13 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
     return [plan_shard(view, recipe, context.compute.fingerprint) for view in views]
 
 
+def retired(context: Context) -> list[str]:
+    """Return the checkpoints that no target needs, of converged shards: others may still serve them."""
+    converged = [head.shard for head in context.stores.ledger.heads() if head.converged]
+    plans = plans_of(context, view_shards(context, converged))
+    return [key for plan in plans for key in plan.retired]
+
+
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
     """Raise IntegrityError if a file that is needed is damaged, before anything is written.
 
