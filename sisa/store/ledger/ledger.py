@@ -97,11 +97,8 @@ class SqlLedger(Database):
     def by_subject(
         self, subject_digest: str, shard: int | None = None
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        held, gone, wanted = (
-            RECORDS_TABLE.c.subject_digest,
-            TOMBSTONES_TABLE.c.subject_digest,
-            [subject_digest],
-        )
+        held, gone = RECORDS_TABLE.c.subject_digest, TOMBSTONES_TABLE.c.subject_digest
+        wanted = [subject_digest]
         with self._reading() as connection:
             live = rows_having(connection, RecordRow, held, wanted)
             rows.check_hidden(connection, held, wanted, len(live), shard=shard)
@@ -211,9 +208,8 @@ class SqlLedger(Database):
             elif id_digests is not None:
                 found = _identities_of(connection, id_digests)
             else:
-                found = as_objects(
-                    Identity, IDENTITIES_TABLE, rows.read_all(connection, IDENTITIES_TABLE)
-                )
+                every = rows.read_all(connection, IDENTITIES_TABLE)
+                found = as_objects(Identity, IDENTITIES_TABLE, every)
         return sorted(found, key=attrgetter("key", "id_digest"))
 
     def work_items(self, keys: Collection[str] | None = None) -> list[WorkItem]:
@@ -314,9 +310,7 @@ def erase_ledger(url: str, model: str) -> None:
 
 
 _BY_ID = attrgetter("id_digest")
-_RECORD = attrgetter(
-    *RECORDS_TABLE.columns.keys()[: -len((SEQ, "crc"))]
-)  # the columns before the last two
+_RECORD = attrgetter(*RECORDS_TABLE.columns.keys()[:-2])  # without `seq` and `crc`
 
 
 @lru_cache(maxsize=1 << 15)  # a flow asks for all requests several times, and few of them change

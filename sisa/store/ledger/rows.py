@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -45,12 +45,8 @@ SEQ = "seq"  # key in `meta` of the number of the last commit
 NO_POSITION = -1  # shard and slice in `counts` of a whole table
 WHOLE = (NO_POSITION, NO_POSITION, "")
 BY_SHARD = (RECORDS_TABLE, SLICES_TABLE, INDEXES_TABLE, CHECKPOINTS_TABLE)
-GROWING = (
-    TOMBSTONES_TABLE,
-    NAMED_TABLE,
-    IDENTITIES_TABLE,
-    WORK_ITEMS_TABLE,
-)  # too large to be scanned when rows are added
+# too large to be scanned when rows are added
+GROWING = (TOMBSTONES_TABLE, NAMED_TABLE, IDENTITIES_TABLE, WORK_ITEMS_TABLE)
 KEYED = (
     *(RECORDS_TABLE.c.id_digest, RECORDS_TABLE.c.subject_digest, RECORDS_TABLE.c.text_digest),
     *(TOMBSTONES_TABLE.c.id_digest, TOMBSTONES_TABLE.c.subject_digest, TOMBSTONES_TABLE.c.text_digest),
@@ -219,15 +215,26 @@ def check_hidden(
     check_row_count(table, complete, found)
 
 
+def _at(column: sa.Column[Any]) -> int:
+    """Return the position of a column in the rows of its table."""
+    return column.table.columns.keys().index(column.name)
+
+
 def bucket(value: str) -> str:
     """Return the beginning of a keyed digest, by which rows are counted."""
     return value[:BUCKET_DIGITS]
 
 
+def _in_buckets(column: sa.Column[Any], rows: Iterable[tuple[Any, ...]]) -> Counter[str]:
+    """Return how many rows have a value of each bucket."""
+    at = _at(column)
+    return Counter(bucket(row[at]) for row in rows if row[at] is not None)
+
+
 def _count_in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
     """Return how many rows have a wanted value. Raise Damaged if their buckets lack rows."""
     table: Any = column.table
-    at = table.columns.keys().index(column.name)
+    at = _at(column)
     buckets = sorted({bucket(each) for each in wanted})
     expected = _bucket_counts(connection, column, buckets)
     seen = 0
@@ -278,7 +285,7 @@ def _count_matching(
     shard: int | None = None,
 ) -> int:
     """Return how many rows have one of the wanted values in some columns, without any index."""
-    at = [table.columns.keys().index(column.name) for column in columns]
+    at = list(map(_at, columns))
     return sum(tuple([row[each] for each in at]) in wanted for row in _scan(connection, table, shard))
 
 
@@ -367,15 +374,13 @@ def _key(table: sa.Table) -> list[sa.Column[Any]]:
 
 
 def _order_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Any]:
-    columns = table.columns.keys()
-    return itemgetter(*(columns.index(name) for name in table.info["order"]))
+    return itemgetter(*(_at(table.c[name]) for name in table.info["order"]))
 
 
 def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
-    columns = table.columns.keys()
     if table is RECORDS_TABLE:
-        return itemgetter(*(columns.index(name) for name in ("shard", "slice", "kind")))
-    shard = columns.index("shard")
+        return itemgetter(*(_at(table.c[name]) for name in ("shard", "slice", "kind")))
+    shard = _at(table.c.shard)
     return lambda row: (row[shard], NO_POSITION, "")
 
 
@@ -395,7 +400,7 @@ class Writing:
     def insert_values(self, table: sa.Table, rows: Sequence[tuple[Any, ...]]) -> None:
         """Add new rows, given as the values of all columns but the checksum."""
         if rows:
-            self._count(table, rows, 1)
+            self._count(table, rows, Counter.update)
             # in order, so that neighbours are written to one page
             sealed = [_with_checksum(table, each) for each in sorted(rows, key=_order_of(table))]
             query = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608
@@ -443,7 +448,7 @@ class Writing:
             if rows:
                 done = self.connection.execute(sa.delete(table).where(where))
                 check_row_count(table, len(rows), done.rowcount)
-                self._count(table, [row[:-1] for row in rows], -1)
+                self._count(table, rows, Counter.subtract)
                 found += len(rows)
         if found < len(set(keys)) and table not in GROWING:
             self.write_counts()
@@ -452,18 +457,17 @@ class Writing:
                 hidden = _count_matching(self.connection, table, columns, set(keys), shard)
                 check_row_count(table, 0, hidden)
 
-    def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
+    def _count(
+        self, table: sa.Table, rows: Sequence[tuple[Any, ...]], change: Callable[..., None]
+    ) -> None:
+        """Change the numbers of rows by `Counter.update` or `Counter.subtract`."""
         deltas = self._deltas[table.name]
-        deltas[WHOLE] += sign * len(values)
+        change(deltas, {WHOLE: len(rows)})
         if table in BY_SHARD:
-            for position, number in Counter(map(_position_of(table), values)).items():
-                deltas[position] += sign * number
+            change(deltas, Counter(map(_position_of(table), rows)))
         for column in KEYED if self._counts_keyed else ():
             if column.table is table:
-                at, counts = table.columns.keys().index(column.name), self._keyed[column]
-                held = Counter(bucket(row[at]) for row in values if row[at] is not None)
-                for each, number in held.items():
-                    counts[each] += sign * number
+                change(self._keyed[column], _in_buckets(column, rows))
 
     def write_counts(self) -> None:
         """Write the numbers of rows that changed."""
@@ -489,9 +493,7 @@ class Writing:
                 self.connection.execute(
                     sa.delete(COUNTS_TABLE).where(COUNTS_TABLE.c.name == str(column))
                 )
-                at = column.table.columns.keys().index(column.name)
-                rows = _scan(self.connection, column.table)
-                after = Counter(bucket(row[at]) for row in rows if row[at] is not None)
+                after = _in_buckets(column, _scan(self.connection, column.table))
             positions = {(NO_POSITION, NO_POSITION, each): count for each, count in after.items()}
             _put_counts(self.connection, str(column), positions)
         _put_counts(self.connection, KEYED_AS_OF, {WHOLE: seq})
