@@ -1,8 +1,8 @@
 """Define the root group, `--json`, and the options that several commands share.
 
 A command is a function that returns a `Result`; `cli.run` prints it. A function beside it, named by a
-participle, renders what it found: `audit` returns `audited(found)`. Deletions and rights, whose JSON the
-service returns, too, are rendered in `cluster/render/`.
+participle, renders what it found: `audit` returns `audited(found)`. What several commands, or the
+service, show of deletions, requests and rights is rendered in `cluster/render/`.
 """
 
 from __future__ import annotations
