@@ -290,6 +290,11 @@ class Export:
         return self.path, self.key
 
     @property
+    def directory(self) -> tuple[str, str]:
+        """Return what the rows of one directory share; they become stale and are erased together."""
+        return self.path, self.adapter_sha256
+
+    @property
     def stale(self) -> bool:
         """Return whether a record that it was trained on has been deleted."""
         return self.state in ("tainted", "erasing")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sisa.core.domain import Export, Kind, WitnessHead
+from sisa.core.domain import Kind, WitnessHead
 from sisa.core.errors import IntegrityError
 from sisa.core.ledger_meta import TRAINED_ANEW
 from sisa.flows.answers.ask import prompt_form
@@ -19,7 +19,7 @@ from sisa.flows.context.consistency import BEGINNING
 from sisa.flows.context.context import Context
 from sisa.flows.context.plans import view_shards
 from sisa.flows.context.served import model_digest, restricted_rows, restrictions, served_heads
-from sisa.flows.context.stale_exports import export_standing
+from sisa.flows.context.stale_exports import by_directory, export_standing
 from sisa.flows.requests import RequestView, views
 from sisa.flows.restored_backup import WitnessStanding, witness_standing
 from sisa.flows.wiring.ledger_place import ledger_name
@@ -153,10 +153,6 @@ def export_statuses(context: Context) -> list[ExportStatus]:
 
     A merged export, which has a row for each of its shards in the ledger, is returned once.
     """
-    found: dict[tuple[str, ...], list[Export]] = {}
-    for row in sorted(context.stores.ledger.exports(), key=lambda each: (each.path, each.shard)):
-        name = (row.path, row.adapter_sha256, row.state, row.request_id)
-        found.setdefault(name, []).append(row)
     return [
         ExportStatus(
             path=first.path,
@@ -167,9 +163,9 @@ def export_statuses(context: Context) -> list[ExportStatus]:
             state=first.state,
             request_id=first.request_id,
             standing=export_standing(context, first) if first.stale else None,
-            shards=tuple(dict.fromkeys([first.shard, *(each.shard for each in others)])),
+            shards=shards,
         )
-        for first, *others in found.values()
+        for (first, *_), shards in by_directory(context.stores.ledger.exports())
     ]
 
 

@@ -231,16 +231,16 @@ def tainted_exports(
     exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]
 ) -> list[Export]:
     """Return the clean exports that a removed record touched, tainted by the first such request."""
-    by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together
+    by: dict[tuple[str, str], str] = {}
     clean = [each for each in exports if not each.stale]
     for export in clean:
         names = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
         if names:
-            by.setdefault((export.path, export.adapter_sha256), names[0])
+            by.setdefault(export.directory, names[0])
     return [
-        replace(each, state="tainted", request_id=by[each.path, each.adapter_sha256])
+        replace(each, state="tainted", request_id=by[each.directory])
         for each in clean
-        if (each.path, each.adapter_sha256) in by
+        if each.directory in by
     ]
 
 

@@ -31,6 +31,14 @@ def stale_paths(context: Context) -> list[str]:
     return list(dict.fromkeys(each.path for each in stale_exports(context)))
 
 
+def by_directory(exports: Iterable[Export]) -> list[tuple[list[Export], tuple[int, ...]]]:
+    """Return the rows and the shards of each directory, by path; a merged export has several shards."""
+    found: dict[tuple[str, str], list[Export]] = {}
+    for each in sorted(exports, key=lambda each: (each.directory, each.shard)):
+        found.setdefault(each.directory, []).append(each)
+    return [(rows, tuple(dict.fromkeys(each.shard for each in rows))) for rows in found.values()]
+
+
 def export_standing(context: Context, export: Export) -> str:
     """Return "held", "gone", "changed", or "unreadable" if the disk does not say."""
     try:

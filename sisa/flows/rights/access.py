@@ -29,7 +29,7 @@ from sisa.core.patches import VaultSet
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import model_digest, restrictions
 from sisa.flows.context.slices import records_of
-from sisa.flows.context.stale_exports import export_standing
+from sisa.flows.context.stale_exports import by_directory, export_standing
 from sisa.flows.locations import where
 from sisa.planning.patch_plan import patches_from
 from sisa.planning.plan import touched
@@ -216,26 +216,24 @@ def recipients(
     sets = {name for names in ledger.sets_with(named).values() for name in names}
     patches = {each.key for each in patches_from(ledger.patches(), sets)}
     deleted_by = {each.request_id for each in deleted}
-    found: dict[tuple[str, str], list[Export]] = {}
-    for each in ledger.exports():
-        if (
-            any(touched(each, row) for row in rows)
-            or not patches.isdisjoint(each.patches)
-            or (each.stale and each.request_id in deleted_by)
-        ):
-            found.setdefault((each.path, each.adapter_sha256), []).append(each)
-    return [_recipient(context, some) for _, some in sorted(found.items())]
 
+    def concerned(export: Export) -> bool:
+        return (
+            any(touched(export, row) for row in rows)
+            or not patches.isdisjoint(export.patches)
+            or (export.stale and export.request_id in deleted_by)
+        )
 
-def _recipient(context: Context, rows: Iterable[Export]) -> Recipient:
-    some = list(rows)
-    first = some[0]
-    return Recipient(
-        path=first.path,
-        form=first.form,
-        shards=tuple(sorted(each.shard for each in some)),
-        adapter_sha256=first.adapter_sha256,
-        made_at=first.made_at,
-        stale=any(each.stale for each in some),
-        standing=export_standing(context, first),
-    )
+    return [
+        Recipient(
+            path=first.path,
+            form=first.form,
+            shards=shards,
+            adapter_sha256=first.adapter_sha256,
+            made_at=first.made_at,
+            stale=first.stale,
+            standing=export_standing(context, first),
+        )
+        for (first, *others), shards in by_directory(ledger.exports())
+        if any(map(concerned, [first, *others]))
+    ]

@@ -32,6 +32,7 @@ from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.flows.requests import Terms, carry_out, find_request, submit, view_of
+from sisa.flows.rights.access import recipients
 from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
@@ -304,6 +305,8 @@ def test_an_export_of_several_shards_is_listed_once_with_its_shards(fake: FakeMo
     export_merged(fake)
     (found,) = export_statuses(fake.context)
     assert (found.path, found.shard, found.shards) == (MERGED, 0, (0, 1, 2))
+    (recipient,) = recipients(fake.context, fake.rows(3), ())
+    assert (recipient.path, recipient.shards) == (MERGED, (0, 1, 2)), "whichever shard holds the record"
     fake.exports.stored.clear()
     fake.forget(3)
     (found,) = export_statuses(fake.context)
