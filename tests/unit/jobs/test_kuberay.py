@@ -24,7 +24,7 @@ from cluster.jobs.kuberay import IMAGE, KINDS, Kind, manifest
 from sisa.core.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parents[3]
-SCHEMA = json.loads((ROOT / "tests" / "golden" / "kuberay_v1.json").read_text())
+SCHEMA = json.loads(Path(__file__).with_name("kuberay_v1.json").read_text())
 CRDS = Path(os.environ.get("SISA_CRDS", "no-crds"))
 CLUSTERS: tuple[Kind, ...] = ("rayjob", "raycluster", "rayservice")
 VARIANTS: list[tuple[Kind, bool]] = [(kind, gpu) for kind in CLUSTERS for gpu in (False, True)]
