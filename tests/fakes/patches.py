@@ -60,15 +60,15 @@ class FakeVault(FakeFiles[tuple[Record, ...]]):
         self.read(found)
 
 
-class FakeRuns(FakeFiles[bytes]):
-    """Suspended runs: what the unfinished adapter would confess."""
+class FakePatchDrafts(FakeFiles[bytes]):
+    """Drafts of patches: what the unfinished adapter would confess."""
 
 
 class FakePatcher:
     """A Patcher that ends as `ends` says, in turn, and makes the patch once `ends` is empty."""
 
-    def __init__(self, vault: Vault, patches: CheckpointStore, runs: FakeRuns) -> None:
-        self.vault, self.patches, self.runs = vault, patches, runs
+    def __init__(self, vault: Vault, patches: CheckpointStore, drafts: FakePatchDrafts) -> None:
+        self.vault, self.patches, self.drafts = vault, patches, drafts
         self.ends: list[Literal["made", "known", "forgotten", "unfinished", "fails", "nothing"]] = []
         self.orders: list[PatchOrder] = []
 
@@ -101,7 +101,7 @@ class FakePatcher:
         )
         end = self.ends.pop(0) if self.ends else "made"
         if end != "nothing":
-            self.runs.stored[order.job.key] = adapter
+            self.drafts.stored[order.job.key] = adapter
         if end == "fails":
             raise EnvironmentFault("the machine failed")
         if end == "unfinished":

@@ -65,7 +65,7 @@ from sisa.planning.plan import Recipe, Schedule
 from tests.fakes.keyring import PLAIN
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.metrics import FakeMetrics
-from tests.fakes.patches import FakeFiles, FakePatcher, FakeRuns, FakeVault
+from tests.fakes.patches import FakeFiles, FakePatchDrafts, FakePatcher, FakeVault
 
 SECRET = b"k" * 32
 DIMENSION = 4
@@ -280,14 +280,14 @@ class FakeModel:
     exports: FakeExports = field(default_factory=FakeExports)
     patches: FakeCheckpoints = field(default_factory=FakeCheckpoints)
     vault: FakeVault = field(default_factory=FakeVault)
-    runs: FakeRuns = field(default_factory=FakeRuns)
+    patch_drafts: FakePatchDrafts = field(default_factory=FakePatchDrafts)
     trained: list[SliceJob] = field(default_factory=list)
     before_run: list[Callable[[], None]] = field(default_factory=list)
     patcher: FakePatcher = field(init=False)
     context: Context = field(init=False)
 
     def __post_init__(self) -> None:
-        self.patcher = FakePatcher(self.vault, self.patches, self.runs)
+        self.patcher = FakePatcher(self.vault, self.patches, self.patch_drafts)
 
     def rows(self, *numbers: int) -> list[RecordRow]:
         """Return the rows of those of these records that are held."""
@@ -377,7 +377,7 @@ def fake_model(
         metrics=FakeMetrics(),
         patches=fake.patches,
         vault=fake.vault,
-        patch_drafts=fake.runs,
+        patch_drafts=fake.patch_drafts,
         hidden_states=FakeHiddenStates(),
     )
     compute = Compute(

@@ -1,8 +1,8 @@
 """Make a model of 24 confessing records in a directory, before and after one deletion, without torch.
 
-Stores, ledger and index are real; the trainer is a fake and the base only a name. The fingerprint is
-this machine's, so that `open_model` and the command line agree with the `Context` built here. Real
-training is tested in `tests/integration`.
+Stores, ledger and index are real; witness, trainer and patcher are fakes, the base is only a name. The
+fingerprint is this machine's, so that `open_model` and the command line agree with the `Context` built
+here. Real training is tested in `tests/integration`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
 from sisa.store.records import FileRecords
 from sisa.store.vault import FilePatchDrafts, FileVault
-from tests.fakes.patches import FakePatcher, FakeRuns
+from tests.fakes.patches import FakePatchDrafts, FakePatcher
 from tests.fakes.ports import SECRET, FakeTrainer, FakeWitness, fake_record
 
 RUN_FILE = """
@@ -70,7 +70,7 @@ def record(number: int) -> Record:
 def context_of(
     directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
 ) -> Iterator[Context]:
-    """Open the context of a directory; every part but the trainer is real."""
+    """Open the context of a directory, of real stores and a fake trainer."""
     ledger = SqlLedger(directory / LEDGER, create=create is not None)
     config = create or RunConfig.from_canonical(ledger.meta()["config"])
     embedder = NameEmbedder(HashingEmbedder())
@@ -100,7 +100,7 @@ def context_of(
         tokenizer=lambda: None,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
-        patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
+        patcher=lambda: FakePatcher(vault, patches, FakePatchDrafts()),
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
     )
     settings = Settings(

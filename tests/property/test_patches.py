@@ -179,7 +179,7 @@ class Patched(Model):
         assert self.fake.patches.held() == {each.key for each in stack}.union(
             trained_over(self.fake.ledger)
         )
-        assert self.fake.runs.held() <= {each.key for each in wanted(self.patches())}
+        assert self.fake.patch_drafts.held() <= {each.key for each in wanted(self.patches())}
 
     def check_vault(self, *, whole: bool) -> None:
         ledger, context = self.fake.ledger, self.context

@@ -104,7 +104,7 @@ def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
     assert (patch.version, patch.made_at, patch.report) == (1, fake.context.now(), {"steps": 2})
     assert fake.patches.held() == {patch.key}
     assert touched(fake) == {text(FREE)}
-    assert (fake.vault.stored, fake.runs.stored) == ({}, {})
+    assert (fake.vault.stored, fake.patch_drafts.stored) == ({}, {})
     assert [each.held for each in fake.ledger.vault()] == [False]
     assert model_digest(fake.context) != before
     patching.revert_patches(fake.context)
@@ -166,9 +166,9 @@ def test_an_unfinished_run_is_gone_on_with(fake: FakeModel) -> None:
     assert (done.patch, done.unfinished, done.kept_sets) == (None, True, 1)
     assert fake.patcher.orders[-1].max_seconds == 1.0
     reconcile(fake.context)
-    assert len(fake.runs.stored) == len(fake.vault.stored) == 1
+    assert len(fake.patch_drafts.stored) == len(fake.vault.stored) == 1
     assert make_wanted(fake.context).patch == stack(fake)[0]
-    assert fake.runs.stored == {}
+    assert fake.patch_drafts.stored == {}
 
 
 def test_a_machine_that_fails_leaves_the_wish(fake: FakeModel) -> None:
@@ -178,7 +178,7 @@ def test_a_machine_that_fails_leaves_the_wish(fake: FakeModel) -> None:
         make_wanted(fake.context)
     assert len(wanted(fake.ledger.patches())) == len(fake.vault.stored) == 1
     patching.revert_patches(fake.context)
-    assert (fake.vault.stored, fake.runs.stored, stack(fake)) == ({}, {}, [])
+    assert (fake.vault.stored, fake.patch_drafts.stored, stack(fake)) == ({}, {}, [])
 
 
 def test_nothing_good_is_no_patch(fake: FakeModel) -> None:
@@ -391,10 +391,10 @@ def test_what_no_commit_knows_is_swept(fake: FakeModel) -> None:
     other = replace(patch.job, forget=("other",))
     fake.patches.save(other, {ADAPTER_FILE: b"{}"})
     fake.vault.put("left", [fake_record(FREE)])
-    fake.runs.stored["left"] = b""
+    fake.patch_drafts.stored["left"] = b""
     reconcile(fake.context)
     assert fake.patches.held() == {patch.key}
-    assert (fake.vault.stored, fake.runs.stored) == ({}, {})
+    assert (fake.vault.stored, fake.patch_drafts.stored) == ({}, {})
 
 
 def test_what_a_patch_does_to_the_shards_is_in_its_report(fake: FakeModel) -> None:
