@@ -123,7 +123,7 @@ def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]
     Ways that return another number of logits are not compared.
     """
     drawn = torch.Generator().manual_seed(num_requests)
-    ids = torch.randint(1000, vocab, (num_requests, PROMPT_TOKENS + STEPS), generator=drawn)
+    ids = torch.randint(vocab, (num_requests, PROMPT_TOKENS + STEPS), generator=drawn)
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in PARTS[:2]} for name in ways
     }
@@ -239,7 +239,7 @@ def main() -> None:
         "prompt_tokens": PROMPT_TOKENS,
         "torch": torch.__version__,
         "all_layers": measured(base, range(layers), sizes),
-        "top_third": measured(base, range(layers - layers // 3, layers), sizes),
+        "top_third": measured(base, range(layers - max(1, layers // 3), layers), sizes),
     }
     write(given.out, found)
 

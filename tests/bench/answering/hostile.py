@@ -38,8 +38,8 @@ import numpy as np
 
 from sisa.config.config import MINILM, SisaBlock
 from sisa.core.digest import KEY_BYTES, Keyed, sha256_hex
-from sisa.core.domain import Hit, IndexFile
-from sisa.core.ports import By, Vectors
+from sisa.core.domain import Head, Hit, IndexFile
+from sisa.core.ports import By, Change, Vectors
 from sisa.flows.answers.ask import Prompt, routes_of
 from sisa.lm.routing.calibration import share_of
 from sisa.lm.routing.embedder import resolve_embedder
@@ -48,6 +48,7 @@ from sisa.planning.layout import Assigner, Layout
 from sisa.store.index import LoadedIndex, search_loaded
 from tests.bench.answering.routing import READ, Asked, Remembering
 from tests.bench.command import arguments, markdown, read, read_rows, write
+from tests.fakes.ports import changed, fake_model, with_config
 
 SHARDS, SEEDS, PER_PERSON = 50, (0, 1), 6
 NAME = re.compile(r"[A-ZÀ-Þ][\w'-]*(?: (?:van |de |bin |del )?[A-ZÀ-Þ][\w'-]*)+")
@@ -331,19 +332,13 @@ class Partition:
             assert by == "prompts"
             return held[file.shard].vectors[np.isin(held[file.shard].ids, ids)]
 
-        heads = [SimpleNamespace(shard=each.shard, key="head") for each in loaded]
-        ledger = SimpleNamespace(
-            meta=dict,
-            heads=lambda: heads,
-            indexes=lambda: heads,
-            by_vector=lambda _, ids: {each: SimpleNamespace(kind="completion") for each in ids},
-        )
-        context: Any = SimpleNamespace(
-            stores=SimpleNamespace(ledger=ledger, index=SimpleNamespace(search=search, vectors=vectors)),
-            compute=SimpleNamespace(embedder=lambda: self._embedder),
-            settings=SimpleNamespace(config=SimpleNamespace(sisa=SisaBlock())),
-        )
-        return [route.shards for route in routes_of(context, prompts)]
+        fake = fake_model(SHARDS)
+        heads = [Head(each.shard, "head", 1, "head") for each in loaded]
+        files = [IndexFile(each.shard, "", len(each.ids), "", 0) for each in loaded]
+        fake.ledger.commit(Change(heads=heads, indexes=files))
+        index = SimpleNamespace(search=search, vectors=vectors)  # fast, as `FakeIndex` is not
+        context = changed(fake.context, index=index, embedder=lambda: self._embedder)
+        return [route.shards for route in routes_of(with_config(context, sisa=SisaBlock()), prompts)]
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -445,10 +440,10 @@ def _without(part: Partition, cases: Sequence[Case]) -> list[tuple[int, ...]]:
 Interval = tuple[float, float, float]
 
 
-def changed(before: Interval, after: Interval) -> str:
+def both(before: Interval, after: Interval) -> str:
     """Return a share before, the share after and the latter's interval.
 
-    >>> changed((0.827, 0.7, 0.9), (0.981, 0.958, 0.991))
+    >>> both((0.827, 0.7, 0.9), (0.981, 0.958, 0.991))
     '82.7%, 98.1% (95.8% to 99.1%)'
     """
     share, low, high = after
@@ -468,7 +463,7 @@ def table(found: Mapping[str, Any], source: str) -> Iterator[str]:
     def cell(form: str, group: str, name: str) -> str:
         if name not in after[form][group]:
             return ""
-        return changed(before[form][group][name], after[form][group][name])
+        return both(before[form][group][name], after[form][group][name])
 
     lines = [
         (form, of["held"]["num"], *(cell(form, *outcome) for outcome in outcomes.values()))
@@ -486,7 +481,7 @@ def general_table(found: Mapping[str, Any]) -> Iterator[str]:
     def cell(source: str, form: str) -> str:
         if form not in after[source]:
             return ""
-        return changed(*(each[source][form]["general"]["sent"] for each in (before, after)))
+        return both(*(each[source][form]["general"]["sent"] for each in (before, after)))
 
     lines = [
         (form, of["general"]["num"], *(cell(source, form) for source in titles))

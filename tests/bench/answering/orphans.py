@@ -70,11 +70,22 @@ def questions_about_deleted(work: Work) -> dict[str, list[str]]:
     return {"asked": asked, "paraphrased": [other[each] for each in asked if each in other]}
 
 
+def rate_of_deleted(work: Work, shards: int) -> float:
+    """Return the learning rate of the model that answers routed; exit if nobody was deleted from it."""
+    rate = rates_of(work, shards).get("routed")
+    if rate is None or work.known(f"{shards}-{rate:g}-deleted") is None:
+        raise SystemExit(
+            f"{work.folder} has no model of {shards} shards after a deletion: "
+            "run tests.bench.answering.quality with the same --work first"
+        )
+    return rate
+
+
 def measured(work: Work, shards: int) -> Json:
     """Return the shares by `min_score`, at the learning rate of the routed answers."""
     from sisa.train import train_model
 
-    rate = rates_of(work, shards)["routed"]
+    rate = rate_of_deleted(work, shards)
     words = words_of_survivors(work.rows("full.jsonl"), AUTHORS)
     found: Json = {"shards": shards, "learning_rate": rate}
     for name, least in WAYS.items():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.bench.answering.orphans import asserts, words_of_survivors
-from tests.bench.answering.quality import DELETED, REFERENCE_BATCH, SHARDS, batch_of, table
+from tests.bench.answering.orphans import asserts, rate_of_deleted, words_of_survivors
+from tests.bench.answering.quality import (
+    DELETED,
+    REFERENCE_BATCH,
+    SHARDS,
+    WAYS,
+    Work,
+    batch_of,
+    rates,
+    table,
+)
 from tests.bench.command import PER_AUTHOR
 
 
@@ -38,6 +48,17 @@ def test_a_survivors_word_is_in_no_other_records_deleted_or_held() -> None:
 )
 def test_an_answer_asserts_what_a_survivors_records_alone_say(answer: str, asserted: bool) -> None:
     assert asserts(answer, "Is Name0 hers?", {"Name0", "Place1"}) == asserted
+
+
+def test_questions_about_the_deleted_need_models_after_a_deletion(tmp_path: Path) -> None:
+    work = Work(tmp_path, tmp_path)
+    first, second = rates(8)
+    for rate, score in ((first, 0.2), (second, 0.1)):
+        with pytest.raises(SystemExit, match="with the same --work"):
+            rate_of_deleted(work, 8)
+        work.once(f"8-{rate:g}-trained", lambda score=score: {"tuning": dict.fromkeys(WAYS, score)})  # type: ignore[misc]
+    work.once(f"8-{first:g}-deleted", lambda: {"seconds": 1.0})
+    assert rate_of_deleted(work, 8) == first
 
 
 def test_steps_are_equal_until_the_floor_binds() -> None:

@@ -52,7 +52,11 @@ class Bench:
             output_dir=self.folder / name,
             num_epochs=self.epochs,
             sisa=SisaBlock(
-                shards=self.shards, slices=self.slices, partition_key_file=key, embedder="hashing"
+                shards=self.shards,
+                slices=self.slices,
+                group_by=None,
+                partition_key_file=key,
+                embedder="hashing",
             ),
         )
 
