@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import pytest
 
 from cluster.cli import cli
 from tests.models.confessing import build, use_fake_resources
+from tests.unit.commands import Ask, Sisa
 
 
 @pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
     """Run a command; return its exit code, standard output and standard error."""
 
     def run(*arguments: Any) -> tuple[int, str, str]:
@@ -27,7 +27,7 @@ def sisa(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 
 @pytest.fixture
-def ask(sisa: Callable[..., tuple[int, str, str]]) -> Callable[..., dict[str, Any]]:
+def ask(sisa: Sisa) -> Ask:
     """Run a command, check its exit code (0 unless `code` is given), and return its one JSON object."""
 
     def run(*arguments: Any, code: int = 0) -> dict[str, Any]:

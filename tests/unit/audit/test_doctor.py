@@ -40,10 +40,10 @@ from sisa.store.ledger.sqlite import COMMIT_LOCK
 from tests.crash import Fuse
 from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
+from tests.unit.commands import Ask
 
 assert maintenance  # registers its commands
 Defect = Callable[[Path], object]
-Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.cli import maintenance
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.own_files import Searched, search_model
 from sisa.audit.residue import Scan, scan_residue
@@ -49,8 +48,8 @@ from tests.models.confessing import (
     stored,
     use_fake_resources,
 )
+from tests.unit.commands import Ask, Sisa
 
-assert maintenance  # registers its commands
 pytestmark = pytest.mark.usefixtures("own_places")
 GONE = record(DELETED)
 
@@ -515,9 +514,6 @@ def test_a_witness_that_fails_does_not_keep_the_text(
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-Ask = Callable[..., dict[str, Any]]
-Sisa = Callable[..., tuple[int, str, str]]
 
 
 def test_gc_on_the_command_line(ask: Ask, model: Path) -> None:

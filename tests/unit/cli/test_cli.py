@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from sisa.flows.wiring.ledger_place import LEDGER
 from tests.fakes.ports import fake_record
 from tests.models import confessing
 from tests.models.programs.imported import imported_by
+from tests.unit.commands import Ask, Sisa
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -73,11 +73,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         carry_out(context, [submit(context, held, (), Terms(approver="a person"))])
     return directory
-
-
-Run = tuple[int, str, str]  # exit code, standard output, standard error
-Sisa = Callable[..., Run]
-Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -436,7 +431,9 @@ class Reached(Exception):
     """Raised where a first training would start."""
 
 
-def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def trains_anew(
+    sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
     """Run `sisa train` into a directory, stopped before a first training writes anything."""
 
     def reached(*_: Any, **__: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from sisa.store.ledger.ledger import SqlLedger
 from tests.crash import Crash
 from tests.fakes.ports import fake_record
 from tests.models.confessing import DELETED, context_of, record
+from tests.unit.commands import Ask
 
-Ask = Callable[..., dict[str, Any]]
 RECORD = record(DELETED).id
 
 

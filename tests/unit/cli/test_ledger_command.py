@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,8 +10,7 @@ from sisa.flows.wiring.ledger_place import LEDGER
 from tests.contract.ledger.ledgers import back_to_version_4
 from tests.fakes.postgres_server import PostgresServer
 from tests.models.confessing import NUM_RECORDS, record
-
-Ask = Callable[..., dict[str, Any]]
+from tests.unit.commands import Ask, Sisa
 
 
 def test_a_year_old_model_moves_by_one_command_and_back(
@@ -63,7 +60,7 @@ def test_a_ledger_is_brought_up(model: Path, ask: Ask) -> None:
     ],
 )
 def test_a_place_that_can_not_be_used_is_refused(
-    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], to: str, code: int, kind: str
+    model: Path, ask: Ask, sisa: Sisa, to: str, code: int, kind: str
 ) -> None:
     before = (model / LEDGER).read_bytes()
     move = ("ledger", "move", "-m", model, "--to", to)

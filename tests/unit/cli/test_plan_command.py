@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,9 +15,8 @@ from sisa.planning.layout import Layout
 from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 from tests.fakes.ports import fake_record
 from tests.models import confessing
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
-Sisa = Callable[..., tuple[int, str, str]]
 RUN_FILE = """
 datasets: [{path: owner/people}]
 output_dir: model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import pytest
 from sisa.config.runfile import parse_run_file
 from sisa.train import train_model
 from tests.models import confessing
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
-Sisa = Callable[..., tuple[int, str, str]]
 HOSTILE = '<script>alert("T-2")</script>'
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +25,7 @@ from sisa.flows.wiring.ledger_place import LOCK
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
 from tests.models import confessing
+from tests.unit.commands import Ask, Sisa
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -79,10 +79,6 @@ def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     confessing.use_fake_base(monkeypatch)
     monkeypatch.setattr(executors, "open_serial", confessing.open_fake)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
-
-
-Sisa = Callable[..., tuple[int, str, str]]
-Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture

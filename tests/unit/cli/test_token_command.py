@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
@@ -12,11 +11,10 @@ from cluster.cli.serve import ROLE_NAMES, SCOPE_NAMES
 from cluster.serve.tokens import ROLES, Role, Scope, Tokens
 from sisa.flows.wiring.upper_houses import TOKENS
 from sisa.model import open_model
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
 
-
-def test_a_token_is_shown_once(model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_token_is_shown_once(model: Path, ask: Ask, sisa: Sisa) -> None:
     made = ask("token", "add", "-m", model, "anna", "--role", "officer", "--days", "7")
     text = made.pop("token")
     assert set(made["scopes"]) == ROLES["officer"]

@@ -29,8 +29,8 @@ from sisa.store.blobs import files
 from sisa.verifier.certificate import EXACT, STATE, TEST_RESULT
 from tests.models.certified import statements_of
 from tests.models.confessing import record
+from tests.unit.commands import Ask
 
-Ask = Callable[..., dict[str, Any]]
 REQUEST = ("--executor", "serial")
 
 

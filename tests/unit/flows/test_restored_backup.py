@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from sisa.store.areas import CHECKPOINTS
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing
 from tests.models.confessing import content, record
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
 GONE = record(7).id
 
 
 @pytest.fixture
-def ask(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> Ask:
+def ask(model: Path, sisa: Sisa) -> Ask:
     """Run a command on the model, check its exit code, and return its JSON.
 
     `messages` is what it wrote to standard error.

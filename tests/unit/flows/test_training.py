@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from sisa.train import train_model
 from tests.fakes.ports import fake_record
 from tests.models.confessing import content, use_fake_resources
 from tests.models.tiny_model import all_files
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
 RECORDS = [fake_record(number, f"p{number}") for number in range(12)]
 ONE, TWO = RECORDS[1].id, RECORDS[2].id
 
@@ -104,9 +104,7 @@ def test_a_first_training_that_ended_before_its_commit_is_done_again_under_one_k
     assert states(run_file.parent / "model", ONE) == ["trained"]
 
 
-def test_a_first_training_says_which_shards_have_no_record(
-    tmp_path: Path, sisa: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_first_training_says_which_shards_have_no_record(tmp_path: Path, sisa: Sisa) -> None:
     run_file = write_run(tmp_path / "new", RECORDS[:1], sisa={"shards": 3})
     assert "2 of 3 shards have no record" in sisa("train", run_file, "--executor", "serial")[2]
 
@@ -235,9 +233,7 @@ def test_a_witness_that_cannot_be_written_stops_a_first_training(ask: Ask, tmp_p
     assert not (tmp_path / "a" / "model").exists()
 
 
-def test_a_witness_that_is_lost_is_replaced_by_another(
-    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_witness_that_is_lost_is_replaced_by_another(model: Path, ask: Ask, sisa: Sisa) -> None:
     first, second = model.parent / "first", model.parent / "second"
     ask("train", write_run(model.parent, witness="first"))
     ask("forget", "-m", model, ONE)

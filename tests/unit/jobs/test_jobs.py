@@ -6,10 +6,8 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,6 +17,7 @@ from cluster.jobs.job_flow import LOST_S, follow
 from cluster.jobs.jobs import Job, Submission, check_name, model_digest
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.fakes.jobs import FakeJobs, Play
+from tests.unit.commands import Ask, Sisa
 
 ADDRESS = ("--address", "http://127.0.0.1:8265")
 LAST_WORD = "auto"  # of the command that trains
@@ -41,10 +40,6 @@ def jobs(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJob
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     monkeypatch.chdir(tmp_path)
     return fake
-
-
-Ask = Callable[..., dict[str, Any]]
-Sisa = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from sisa.evidence.open_evidence import certificate_file
 from sisa.model import open_model
 from sisa.verifier.certificate import EXACT, RECTIFICATION, STATE, verify_logged
 from tests.models.confessing import NUM_RECORDS, record
-
-Ask = Callable[..., dict[str, Any]]
+from tests.unit.commands import Ask, Sisa
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def forget(ask: Ask, model: Path, *numbers: int) -> dict[str, Any]:
 
 
 def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
-    certified: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], tmp_path: Path
+    certified: Path, ask: Ask, sisa: Sisa, tmp_path: Path
 ) -> None:
     before, after = shutil.copytree(certified / "log", tmp_path / "before"), tmp_path / "after"
     request = forget(ask, certified, 3, 4)["request_id"]
@@ -76,9 +74,7 @@ def test_a_deletion_is_certified_for_whoever_has_the_public_keys(
     ask(*check, "--log", after, code=4)
 
 
-def test_a_certificate_says_that_the_term_was_over(
-    certified: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_certificate_says_that_the_term_was_over(certified: Path, ask: Ask, sisa: Sisa) -> None:
     late = ("--received-on", "2020-01-31", "--external-id", "T-1", "--approver", "dpo")
     ask("request", "submit", record(3).id, *late, "-m", certified)
     ask("run", "--executor", "serial", "-m", certified)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,9 +19,7 @@ from sisa.model import open_model
 from sisa.store.blobs.files import writer_lock
 from sisa.verifier.envelope import Refused, parse_keys, verify_envelope
 from tests.models.confessing import NAME
-
-Ask = Callable[..., dict[str, Any]]
-Sisa = Callable[..., tuple[int, str, str]]
+from tests.unit.commands import Ask, Sisa
 
 
 def test_keys_are_made_shown_and_rotated(model: Path, ask: Ask, sisa: Sisa, tmp_path: Path) -> None:

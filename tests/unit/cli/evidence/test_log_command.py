@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +13,7 @@ from sisa.model import open_model
 from sisa.verifier.note import verify_proof
 from tests.models.confessing import NAME
 from tests.models.written_log import TYPE, entry, statement
-
-Ask = Callable[..., dict[str, Any]]
+from tests.unit.commands import Ask, Sisa
 
 
 @pytest.fixture
@@ -50,9 +47,7 @@ def test_a_log_is_shown_checked_and_proved(model: Path, ask: Ask, tmp_path: Path
     ask("log", "proof", "-m", model, 4, code=2)
 
 
-def test_a_witness_and_the_operator_cosign(
-    model: Path, ask: Ask, sisa: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_a_witness_and_the_operator_cosign(model: Path, ask: Ask, sisa: Sisa, tmp_path: Path) -> None:
     at, keys = model / "log", model / "log" / "keys.json"
     key, state = tmp_path / "witness.key", tmp_path / "witness.state"
     made = ask("log", "witness-key", "witness.example/w1", key)
@@ -113,6 +108,6 @@ def test_bad_input_is_typed(
     assert error["next_step"] or error["expected"] or error["got"]
 
 
-def test_usage_is_checked(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> None:
+def test_usage_is_checked(model: Path, sisa: Sisa) -> None:
     for given in ([], [model / "log"], ["-m", model, model / "log"], ["-m", model, "--key", "k"]):
         assert sisa("log", "check", *given)[0] == 2

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.models.confessing import DELETED, record
 from tests.models.programs.imported import imported_by
+from tests.unit.commands import Ask
 
-Ask = Callable[..., dict[str, Any]]
 HEAVY = {"torch", "transformers", "ray", "faiss", "numpy", "scipy", "datasets"}
 HEAVY |= {"sqlalchemy", "pydantic", "securesystemslib"}
 FILES = {"verify-certificate": "certificate.json", "verify-proof": "proof.json"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from sisa.evidence.open_evidence import issue
 from sisa.flows.wiring.wiring import EVIDENCE
 from sisa.model import open_model
 from tests.models.confessing import record
+from tests.unit.commands import Ask, Sisa
 
-Ask = Callable[..., dict[str, Any]]
 ID, OTHER = record(1).id, record(2).id
 
 
@@ -65,7 +64,7 @@ def test_a_person_learns_that_a_record_is_there_and_that_it_is_gone(model: Path,
     assert "older" in error["message"]
 
 
-def test_words_say_what_is_known(model: Path, sisa: Callable[..., tuple[int, str, str]]) -> None:
+def test_words_say_what_is_known(model: Path, sisa: Sisa) -> None:
     proof, keys = model.parent / "proof.json", model.parent / "keys.json"
     for record_id, words in ((ID, "in shard"), ("nobody", "not in the model")):
         assert sisa("prove", record_id, "-m", model, "-o", proof)[0] == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from base64 import b64decode
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 
 from sisa.verifier.certificate import EXACT
 from tests.models.confessing import DELETED, NAME, record
-
-Ask = Callable[..., dict[str, Any]]
+from tests.unit.commands import Ask
 
 
 @pytest.fixture

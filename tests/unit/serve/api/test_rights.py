@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from importlib import resources
@@ -39,6 +39,7 @@ from tests.fakes.answers import FakeAnswers
 from tests.fakes.ports import fake_record
 from tests.models.certified import statements_of
 from tests.models.confessing import RUN_FILE, content, train_in
+from tests.unit.commands import Sisa
 from tests.unit.serve.conftest import LOOPBACK
 
 URN = "urn:deletion-ready-model:"
@@ -46,7 +47,6 @@ FILES = json.loads((resources.files("sisa.flows.rights") / "access.schema.json")
 PAGE = Path(__file__).parents[4] / "cluster/serve/README.md"
 PRIVACY = "privacy: {contact: dpo@example.com, purposes: to answer questions}\n"
 WHO, OTHER = "p1", "p2"
-Sisa = Callable[..., tuple[int, str, str]]
 
 
 def records() -> list[Record]:
