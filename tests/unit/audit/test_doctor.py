@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import maintenance
 from cluster.serve.tokens import Tokens
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, repair_opened
@@ -42,7 +41,6 @@ from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
 from tests.unit.commands import Ask
 
-assert maintenance  # registers its commands
 Defect = Callable[[Path], object]
 
 

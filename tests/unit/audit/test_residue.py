@@ -33,7 +33,7 @@ from sisa.flows.wiring.upper_houses import SERVICE_STATE
 from sisa.model import Model
 from sisa.store.areas import CHECKPOINTS, INDEX, METRICS, RECORDS, REPLAYS
 from sisa.store.blobs.files import writer_lock
-from sisa.store.metrics import MIN_RECORDS, STAGE_DIGITS, FileMetrics, metrics_line
+from sisa.store.metrics import MIN_RECORDS, FileMetrics, metrics_line
 from sisa.store.witness import FileWitness
 from tests.crash import Crash, crash
 from tests.fakes.ports import changed
@@ -485,19 +485,12 @@ def test_nothing_is_clean_where_nothing_was_read(
 # --- an erasure that can't be carried out in part -------------------------------------------------
 
 
-def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Open the model that holds the record, with its losses kept."""
-    use_fake_resources(monkeypatch)
-    model = Path(shutil.copytree(before, tmp_path / "held"))
-    metrics_of(model, "f" * STAGE_DIGITS)
-    return Model(model, executor="serial")
-
-
 def test_a_witness_that_fails_does_not_keep_the_text(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The deletion is committed before the witness records it, so its bytes go even if that fails."""
-    model = open_to_delete(before, tmp_path, monkeypatch)
+    use_fake_resources(monkeypatch)
+    model = Model(Path(shutil.copytree(before, tmp_path / "held")), executor="serial")
     with model.writing():
         pass  # the witness exists
 

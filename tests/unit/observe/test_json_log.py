@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli, requests
+from cluster.cli import cli
 from cluster.observe import json_log
 from cluster.observe.json_log import JsonLog, driver_log, worker_log
 from cluster.observe.reporting import log_format_of, say
@@ -18,8 +18,6 @@ from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceS
 from sisa.core.run import RunContext, is_run, running
 from tests.fakes.metrics import EPOCH, EVENTS, RUN, TRAINED
 from tests.models import confessing
-
-assert requests  # registers its commands
 
 
 def lines(text: str) -> list[dict[str, Any]]:
