@@ -41,6 +41,7 @@ from sisa.evidence.statements import (
 from sisa.flows.context.areas import purge, unlisted
 from sisa.flows.context.context import Context
 from sisa.flows.context.served import restricted_rows, restrictions, served_heads
+from sisa.flows.context.stale_exports import count_by_request, stale_exports
 from sisa.flows.restored_backup import REPLAYED
 from sisa.lm.base.numerics import PROCEDURE_VERSION
 from sisa.store.blobs.files import TEMPORARY_PREFIX
@@ -231,9 +232,7 @@ def _outcome(
         request=request,
         events=events,
         tombstones=[each.id_digest for each in named.values() if isinstance(each, Tombstone)],
-        exports_left=len(
-            {e.path for e in ledger.exports() if e.stale and e.request_id == request.request_id}
-        ),
+        exports_left=count_by_request(stale_exports(context))[request.request_id],
         old_versions_kept=old_versions_kept,
         holds=sum(each.state == "held" for each in ledger.requests()),
         rectified=bool(live) and len(live) == len(named),
