@@ -68,11 +68,6 @@ def test_uniform_logits_give_the_logarithm_of_the_vocabulary() -> None:
     assert answer_logprobs_BT(flat, batch).shape == (1, 2)
 
 
-def test_half_precision_logits_are_summed_in_single() -> None:
-    batch = collate([Tokens([1, 2], [NO_LOSS, 2])])
-    assert sum_logprobs_B(logits_of(1, 2).bfloat16(), batch).dtype == torch.float32
-
-
 def test_an_example_without_an_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="without an answer"):
         collate([Tokens([1, 2], [NO_LOSS, NO_LOSS])])

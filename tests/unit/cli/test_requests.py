@@ -168,15 +168,12 @@ def test_a_letter_of_tomorrow_is_refused(ask: Ask) -> None:
     assert ask("request", "list")["requests"] == []
 
 
-def test_copies_are_listed_and_deleted_only_if_asked(ask: Ask) -> None:
+def test_copies_are_listed_and_included_only_if_asked(ask: Ask) -> None:
     found = ask("request", "submit", "id-0000")
     assert (found["copies"], found["num_copies"], found["copies_included"]) == (["id-0010"], 1, False)
     assert found["num_records"] == 1
     found = ask("request", "submit", "id-0000", "--include-copies", "--approver", "dpo")
     assert (found["num_records"], found["copies_included"]) == (2, True)
-    run_once(ask)
-    states = [each["state"] for each in ask("where", "id-0000", "id-0010", "id-0001")["records"]]
-    assert states == ["deleted", "deleted", "trained"]
 
 
 def test_find_like_names_the_record_and_proposes_others(ask: Ask) -> None:
