@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from sisa.core.ports import (
 from sisa.core.requests import Request
 from sisa.flows.chains import SerialExecutor
 from sisa.flows.context.context import Compute, Context, Settings, Stores
+from sisa.flows.ingest import train
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.planning.bands import Bands
@@ -294,10 +295,10 @@ class FakeModel:
         digests = [self.context.settings.assigner.id_digest(fake_record(n).id) for n in numbers]
         return [each for each in self.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
 
-    def forget(self, *numbers: int, consent: str = "", defer: bool = False) -> Request:
-        """Delete those of these records that are held, as `sisa forget` does."""
-        terms = Terms(approver="dpo", consent=consent)
-        new = new_request(self.context, self.rows(*numbers), (), terms)
+    def forget(self, *numbers: int, defer: bool = False, **terms: Any) -> Request:
+        """Delete those of these records that are held, in one request, as `sisa forget` does."""
+        approved = Terms(**{"approver": "dpo", **terms})
+        new = new_request(self.context, self.rows(*numbers), (), approved)
         (request,) = forget_at_once(self.context, new, defer=defer).requests
         return request
 
@@ -398,6 +399,13 @@ def fake_model(
         report=lambda _event: None,
         hooks=(PatchesHook(),),
     )
+    return fake
+
+
+def fake_trained(numbers: Iterable[int], num_shards: int = 3, recipe: Recipe | None = None) -> FakeModel:
+    """Return a model of fakes that was trained on the records with these numbers."""
+    fake = fake_model(num_shards, recipe)
+    train(fake.context, [fake_record(number) for number in numbers])
     return fake
 
 

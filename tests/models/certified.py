@@ -14,7 +14,6 @@ from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementPb
 
 from sisa.config.config import RunConfig
-from sisa.core.domain import RecordRow
 from sisa.core.events import Event, Notice
 from sisa.core.requests import Request
 from sisa.evidence.database import EvidenceTables, Logged
@@ -24,7 +23,6 @@ from sisa.evidence.log.log import Log
 from sisa.evidence.log.published import check_log, log_reader
 from sisa.flows.ingest import add, train
 from sisa.flows.patches.on_deletion import PatchesHook
-from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.store.areas import LOG
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -75,17 +73,8 @@ class Certified:
     def logged(self) -> list[Logged]:
         return self.evidence.logged(self.log)
 
-    def rows(self, *numbers: int) -> list[RecordRow]:
-        digest = self.fake.context.settings.assigner.id_digest
-        found = self.fake.ledger.lookup(digest(fake_record(each).id) for each in numbers)
-        return [each for each in found.values() if isinstance(each, RecordRow)]
-
     def forget(self, *numbers: int, defer: bool = False, **terms: Any) -> Request:
-        """Delete records by their numbers, in one request."""
-        arrival = new_request(
-            self.fake.context, self.rows(*numbers), (), Terms(approver="a person", **terms)
-        )
-        return forget_at_once(self.fake.context, arrival, defer=defer).requests[0]
+        return self.fake.forget(*numbers, defer=defer, **terms)
 
     def add(self, *numbers: int, again: bool = False) -> None:
         add(self.fake.context, [fake_record(each) for each in numbers], allow_deleted=again)

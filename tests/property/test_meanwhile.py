@@ -38,7 +38,7 @@ from sisa.flows.requests import (
 from sisa.flows.restored_backup import catch_up
 from tests.crash import Crash, Fuse, crashing
 from tests.examples import num_examples
-from tests.fakes.ports import FakeModel, fake_model, fake_record
+from tests.fakes.ports import FakeModel, fake_model, fake_record, fake_trained
 from tests.property.histories import Model, assert_equal, wire
 
 NUM_RECORDS = 12
@@ -106,8 +106,7 @@ def row(context: Context, number: int) -> RecordRow:
 
 def waiting() -> FakeModel:
     """Return a model with requests T-0 to T-5 for one record each; all but the last are approved."""
-    fake = fake_model()
-    train(fake.context, [fake_record(number) for number in range(NUM_RECORDS)])
+    fake = fake_trained(range(NUM_RECORDS))
     for number in range(6):
         approver = "dpo" if number < 5 else None
         terms = Terms(external_id=f"T-{number}", approver=approver)

@@ -25,6 +25,7 @@ from sisa.evidence.keys.keys import Keys
 from sisa.evidence.log.log import Log
 from sisa.evidence.statements import APPROX_REPORT, Draft
 from sisa.flows.context.commit import commit
+from sisa.flows.export import export_adapters
 from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.restored_backup import catch_up
@@ -64,7 +65,8 @@ def kinds(model: Certified) -> list[str]:
 
 def test_a_training_a_deletion_and_an_addition_are_stated(model: Certified) -> None:
     assert kinds(model) == [STATE]
-    request = model.forget(1, 2, 3, reason="secret words", external_id="T-17")
+    words: dict[str, Any] = {"reason": "secret words", "external_id": "T-17", "approver": "a person"}
+    request = model.forget(1, 2, 3, **words)
     model.add(100)
     found = statements(model)
     assert [each["predicateType"] for each in found] == [STATE, EXACT, STATE]
@@ -75,7 +77,7 @@ def test_a_training_a_deletion_and_an_addition_are_stated(model: Certified) -> N
     assert [each["predicate"]["membership"]["num_records"] for each in found] == [12, 9, 10]
     assert not model.notices
     text = json.dumps(found)
-    assert not any(each in text for each in ("secret words", "T-17", "a person"))
+    assert not any(each in text for each in words.values())
 
 
 def test_the_subjects_are_the_heads_that_are_served(model: Certified) -> None:
@@ -89,7 +91,7 @@ def test_the_subjects_are_the_heads_that_are_served(model: Certified) -> None:
 
 
 def test_what_was_erased_is_named_without_plain_digests(model: Certified) -> None:
-    rows = model.rows(1)
+    rows = model.fake.rows(1)
     files = [each.sha256 for each in model.fake.ledger.slices(rows[0].shard)]
     keys = [each.key for each in model.fake.ledger.checkpoints(rows[0].shard)]
     model.forget(1)
@@ -141,7 +143,7 @@ def test_a_certificate_of_many_records_names_their_rows_by_a_root_alone(
 
 def test_a_damaged_slice_file_does_not_stop_a_deletion_that_needs_none(model: Certified) -> None:
     """A certificate without receipts is better than none."""
-    (row,) = model.rows(1)
+    (row,) = model.fake.rows(1)
     names = [each.name for each in model.fake.ledger.slices(row.shard) if each.slice == row.slice]
     model.fake.records.erase(names)
     digests = {each.id_digest for each in model.fake.ledger.rows(row.shard, row.slice)}
@@ -336,7 +338,7 @@ def test_a_crash_at_any_effect_loses_no_certificate_and_makes_none_twice(
             model.forget(1)
         catch_up(model.fake.context)
         reconcile(model.fake.context)
-        if model.rows(1):
+        if model.fake.rows(1):
             model.forget(1)
         found = certificates(model)
         ids = [each["request"]["id"] for each in found]
@@ -455,6 +457,14 @@ def test_the_search_is_for_the_records_of_each_request(model: Certified, tmp_pat
     found = certificates(model)
     results = {e["request"]["id"]: e["checks"]["sweep"]["predicate"]["result"] for e in found}
     assert results == {one.request_id: "FAILED", other.request_id: "PASSED"}
+
+
+def test_exports_that_were_not_found_are_counted(model: Certified) -> None:
+    export_adapters(model.fake.context, Path("no-such-folder"))
+    model.fake.exports.stored.clear()
+    model.forget(1)
+    (stated,) = certificates(model)
+    assert stated["exceptions"]["exports_not_found"] == 1
 
 
 def test_the_tables_know_what_is_certified_without_keys(model: Certified, tmp_path: Path) -> None:

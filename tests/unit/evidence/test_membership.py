@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing, suppress
-from dataclasses import replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.core.digest import canonical_json
-from sisa.core.domain import RecordRow, SliceFile
+from sisa.core.domain import SliceFile
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Event, Notice
 from sisa.core.ports import StoredRecord
@@ -23,10 +22,8 @@ from sisa.evidence import membership
 from sisa.evidence.database import VERSION, transaction
 from sisa.evidence.keys.vrf_key import VrfKey
 from sisa.evidence.membership import SCHEMA, TABLES, Membership, Tree, tree_hash
-from sisa.flows.context.context import Context
 from sisa.flows.ingest import add, train
 from sisa.flows.locations import lookup
-from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.verifier.envelope import Refused
 from sisa.verifier.membership import EMPTY_TREE, LABEL_BYTES, verify_absent, verify_present
 from sisa.verifier.vrf import verify_output
@@ -114,10 +111,8 @@ class Kept:
                 self.read.append(file)
                 return records.read(file)
 
-        self.context: Context = replace(
-            changed(self.model.context, records=Reading()),
-            now=lambda: self.today,
-            report=self.events.append,
+        self.context = self.model.context = changed(
+            self.model.context, records=Reading(), now=lambda: self.today, report=self.events.append
         )
         self.tree = Membership(path, b"v" * 32)
 
@@ -126,9 +121,7 @@ class Kept:
         return self.tree.sync(self.context)
 
     def forget(self, *numbers: int) -> None:
-        ids = [fake_record(number).id for number in numbers]
-        rows = [row for row in lookup(self.context, ids) if isinstance(row, RecordRow)]
-        forget_at_once(self.context, new_request(self.context, rows, (), Terms(approver="test")))
+        self.model.forget(*numbers)
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_a_deletion_revokes_the_copies_that_it_touched(model: Certified) -> None
 
 def test_copies_are_revoked_before_the_certificate_is_issued(model: Certified) -> None:
     taken, before = copies(model, "a"), feed(model)
-    model.forget(next(each for each in range(12) if model.rows(each)[0].slice == 0), defer=True)
+    model.forget(next(each for each in range(12) if model.fake.rows(each)[0].slice == 0), defer=True)
     during = feed(model)
     assert {each["certificate"] for each in during["revoked"].values()} == {""}
     assert not taken.keys().isdisjoint(during["revoked"])
@@ -116,8 +116,8 @@ def test_of_two_deletions_the_first_that_revoked_a_copy_is_named(model: Certifie
 
 
 def together(model: Certified, one: int, other: int) -> bool:
-    (shard,) = {each.shard for each in model.rows(one)}
-    return {each.shard for each in model.rows(other)} == {shard}
+    (shard,) = {each.shard for each in model.fake.rows(one)}
+    return {each.shard for each in model.fake.rows(other)} == {shard}
 
 
 def test_an_adapter_that_was_made_again_from_the_same_records_is_reinstated(model: Certified) -> None:
@@ -181,7 +181,7 @@ def test_copies_of_a_former_layout_are_revoked_by_any_record_of_that_time(
 def test_a_feed_names_digests_of_weights_and_nobody(model: Certified) -> None:
     taken = copies(model, "a")
     held = {each.adapter_sha256 for each in model.fake.ledger.checkpoints()}
-    rows = model.rows(1, 2)
+    rows = model.fake.rows(1, 2)
     ids = [fake_record(each).id for each in (1, 2)]
     model.forget(1, 2, reason="secret words", external_id="T-17")
     text = json.dumps(statement(model))

@@ -26,7 +26,7 @@ from sisa.flows.context.context import Context
 from sisa.flows.context.stale_exports import give_up_lost, stale_exports, stale_paths
 from sisa.flows.deletion import plan_forget
 from sisa.flows.export import export_adapters
-from sisa.flows.ingest import add, train
+from sisa.flows.ingest import add
 from sisa.flows.locations import where
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.reconcile import reconcile
@@ -37,7 +37,7 @@ from sisa.flows.status import export_statuses
 from sisa.planning.layout import Assigner, Layout
 from sisa.store.exports import CARD, SIGNATURE
 from tests.crash import Fuse
-from tests.fakes.ports import SECRET, FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import SECRET, FakeModel, changed, fake_record, fake_trained
 
 NUM_RECORDS = 12
 
@@ -48,9 +48,7 @@ def fake() -> FakeModel:
 
 
 def trained() -> FakeModel:
-    model = fake_model()
-    train(model.context, [fake_record(number) for number in range(NUM_RECORDS)])
-    return model
+    return fake_trained(range(NUM_RECORDS))
 
 
 def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) -> list[Export]:

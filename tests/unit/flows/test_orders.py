@@ -9,18 +9,17 @@ from sisa.audit.repair import close_gaps
 from sisa.core.ports import Change
 from sisa.flows.context.plans import view_shard
 from sisa.flows.deletion import plan_forget
-from sisa.flows.ingest import add, train
+from sisa.flows.ingest import add
 from sisa.flows.reconcile import reconcile
 from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.flows.status import shard_statuses
 from sisa.planning.plan import Schedule, gaps, plan_shard
-from tests.fakes.ports import fake_model, fake_recipe, fake_record
+from tests.fakes.ports import fake_recipe, fake_record, fake_trained
 
 
 @pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
 def test_a_chain_of_any_order_and_generation_is_proven_by_its_rows(schedule: Schedule) -> None:
-    fake = fake_model(2, fake_recipe(3, schedule, orders=3))
-    train(fake.context, [fake_record(number) for number in range(14)])
+    fake = fake_trained(range(14), 2, fake_recipe(3, schedule, orders=3))
     add(fake.context, [fake_record(number) for number in range(14, 24)], append=True)
     seqs = {each.key: each.seq for each in fake.ledger.checkpoints()}
     assert {job.slice // 3 for job in fake.trained} == {0, 1}
@@ -33,8 +32,7 @@ def test_a_chain_of_any_order_and_generation_is_proven_by_its_rows(schedule: Sch
 
 
 def test_status_shows_depth_and_cost_separately() -> None:
-    fake = fake_model(1, fake_recipe(4, orders=2))
-    train(fake.context, [fake_record(number) for number in range(24)])
+    fake = fake_trained(range(24), 1, fake_recipe(4, orders=2))
     row = next(each for each in fake.ledger.rows(0) if each.slice == 0)
     planned = plan_forget(fake.context, [row])
     assert planned.served == ((0, 2, 4),)
@@ -51,8 +49,7 @@ def test_status_shows_depth_and_cost_separately() -> None:
 
 
 def test_gaps_on_every_orders_path_are_closed_to_the_same_bytes() -> None:
-    fake = fake_model(1, fake_recipe(4, orders=2))
-    train(fake.context, [fake_record(number) for number in range(24)])
+    fake = fake_trained(range(24), 1, fake_recipe(4, orders=2))
     whole, rows = dict(fake.checkpoints.stored), fake.ledger.checkpoints()
     lost = [each.key for each in rows if each.prefix in ((0,), (0, 1), (2, 3))]
     fake.context.stores.ledger.commit(Change(dropped=lost))

@@ -38,7 +38,7 @@ from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over
 from sisa.flows.reconcile import reconcile
 from sisa.flows.requests import Terms, forget_at_once, new_request
 from sisa.store.metrics import MIN_RECORDS
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record, with_config
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record, fake_trained, with_config
 
 SETTINGS = {"method": "npo"}
 HELD = range(6)
@@ -332,8 +332,7 @@ def test_shards_over_a_patch_go_with_it(fake: FakeModel) -> None:
     delete(fake, FREE + 1)
     assert seen == [frozenset()]  # before anything is trained anew
     assert trained_over(fake.ledger) == ()
-    plain = fake_model(2)
-    train(plain.context, [fake_record(number) for number in HELD])
+    plain = fake_trained(HELD, 2)
     assert fake.checkpoints.stored == plain.checkpoints.stored
     assert text(FREE + 1) not in touched(fake)
 

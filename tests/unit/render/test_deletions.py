@@ -15,8 +15,7 @@ from cluster.render.result import Result
 from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.requests import Probed, Request
 from sisa.flows.deletion import ForgetOutcome, ForgetPlan, plan_forget
-from sisa.flows.ingest import train
-from tests.fakes.ports import fake_model, fake_record
+from tests.fakes.ports import fake_trained
 
 REQUEST = Request(
     request_id="req-1",
@@ -43,8 +42,7 @@ def read(result: Result) -> dict[str, Any]:
 
 
 def forget_plan() -> ForgetPlan:
-    model = fake_model()
-    train(model.context, [fake_record(number) for number in range(12)])
+    model = fake_trained(range(12))
     rows = [row for head in model.ledger.heads() for row in model.ledger.rows(head.shard)]
     return plan_forget(model.context, rows[:2], [TOMBSTONE])
 

@@ -9,18 +9,15 @@ import pytest
 from sisa.core.domain import Record, RecordRow
 from sisa.core.errors import EnvironmentFault
 from sisa.core.requests import Probed
-from sisa.flows.ingest import train
 from sisa.flows.requests import Terms, carry_out, submit
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_trained
 
 TERMS = Terms(approver="a person")
 
 
 @pytest.fixture
 def fake() -> FakeModel:
-    found = fake_model()
-    train(found.context, [fake_record(number) for number in range(12)])
-    return found
+    return fake_trained(range(12))
 
 
 class Asked:

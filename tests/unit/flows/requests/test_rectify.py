@@ -12,14 +12,13 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, UnknownRecord
 from sisa.flows.ingest import rectify, train
 from tests.crash import Crash, crash
-from tests.fakes.ports import FakeModel, fake_model, fake_record
+from tests.fakes.ports import FakeModel, fake_model, fake_record, fake_trained
 from tests.property.histories import assert_equal
 
 
 @pytest.fixture
 def fake() -> FakeModel:
-    found = fake_model()
-    train(found.context, [fake_record(each) for each in range(12)])
+    found = fake_trained(range(12))
     found.trained.clear()
     return found
 

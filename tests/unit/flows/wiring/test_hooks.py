@@ -10,17 +10,14 @@ from sisa.core.domain import RecordRow
 from sisa.core.hooks import Contribution, Copies, Removal
 from sisa.core.ports import Change
 from sisa.flows.context.context import Context
-from sisa.flows.ingest import train
 from sisa.flows.reconcile import reconcile
 from tests.crash import Crash, crash
-from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_trained
 
 
 @pytest.fixture
 def fake() -> FakeModel:
-    found = fake_model(2)
-    train(found.context, [fake_record(number) for number in range(6)])
-    return found
+    return fake_trained(range(6), 2)
 
 
 class Noting:
