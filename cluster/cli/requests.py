@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 
@@ -43,10 +43,10 @@ from cluster.render.deletions import (
 from cluster.render.result import EXIT_ACT, Result, counted, of_model
 from cluster.render.rights import drop_standing
 from sisa.core.errors import Busy
-from sisa.core.requests import CLOSED
+from sisa.core.requests import CLOSED, Regime
 
 if TYPE_CHECKING:
-    from sisa.core.requests import Regime, Request, RequestState
+    from sisa.core.requests import Request, RequestState
     from sisa.flows.requests import RequestView, Submitted
     from sisa.flows.rights.drop import Standing
     from sisa.model import Model
@@ -111,7 +111,7 @@ by_option = click.option("--by", default="", help="Who decides; stored as given.
 @option_or_file("--reason", help="Why; stored as given.")
 @click.option(
     "--regime",
-    type=click.Choice(["gdpr", "delete-act"]),
+    type=click.Choice(get_args(Regime)),
     default="gdpr",
     help="Sets the due date: a month, or 45 days.",
 )
@@ -133,31 +133,14 @@ def submit_request(
     ids: list[str],
     subject: str | None,
     find_like: str | None,
-    external_id: str | None,
     reason: str | None,
-    regime: Regime,
-    due: str | None,
-    received_on: str | None,
-    submitter: str,
-    approver: str | None,
-    include_copies: bool,
-    consent: str,
+    **given: Any,
 ) -> Result:
     """Submit a request; it runs once it is approved."""
     from sisa.flows.requests import Terms
 
     named = [*ids, *([find_like] if find_like else [])]
-    terms = Terms(
-        external_id=external_id,
-        reason=reason or "",
-        regime=regime,
-        due=due,
-        received_on=received_on,
-        approver=approver,
-        submitter=submitter,
-        include_copies=include_copies,
-        consent=consent,
-    )
+    terms = Terms(reason=reason or "", **given)  # other options have the names of its fields
     with opened(directory) as model:
         done = model.submit(named, subject=subject, terms=terms)
         return submitted(done, model.request(done.request.request_id), directory)

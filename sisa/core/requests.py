@@ -110,7 +110,7 @@ class Request:
     consent: str = ""  # to keep the text, encrypted, until a patch is made from it
     vaulted: str = ""  # the vault's set that holds the text
     submitter: str = ""  # who submitted it: a token's name, or the name that was given
-    received_on: str = ""  # the day on which it arrived, if somebody gave it; else that of `created_at`
+    received_on: str = ""  # the day on which it arrived, here or at the controller; "": of `created_at`
 
 
 @dataclass(frozen=True, slots=True)
