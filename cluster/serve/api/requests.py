@@ -262,15 +262,8 @@ def _submit(
     """Submit a request. It waits to be approved; nothing is deleted before."""
     model = caller.view(service.model)
     external_id = asked.external_id or (call.key and f"key-{call.key[:32]}") or None
-    terms = Terms(
-        external_id=external_id,
-        reason=asked.reason,
-        regime=asked.regime,
-        due=None if asked.due is None else asked.due.isoformat(),
-        received_on=None if asked.received_on is None else asked.received_on.isoformat(),
-        include_copies=asked.include_copies,
-        submitter=caller.name,
-    )
+    given = asked.model_dump(mode="json", exclude={"ids", "subject", "external_id"})
+    terms = Terms(external_id=external_id, submitter=caller.name, **given)
     done: dict[str, Any] = {}
 
     def act() -> str:
