@@ -162,8 +162,7 @@ def imported(done: Imported, directory: Path) -> Result:
     lines = [
         f"download of {done.downloaded}: {counted(done.new, 'new work item')}, {done.known} known, "
         f"{done.withdrawn} withdrawn",
-        f"of all open ones: {done.matched} matched by one consumer, {done.shared} by several, "
-        f"{done.not_found} not found",
+        f"matched: {done.matched} by one consumer, {done.shared} by several, {done.not_found} not found",
         f"requests: {len(done.requests)} submitted, {len(done.cancelled)} cancelled",
     ]
     if done.shared:

@@ -14,10 +14,10 @@ and sharing, so this status is reported only when the caller confirms that it wa
     one, the request denied           2  exempted
     several, and opted out            4  opted out
 
-Every import matches all work items again, those of earlier downloads too: a consumer who was not found
-may have been added since. A status that changed is reported as an amendment. What is removed from the
-lists is withdrawn: its requests are cancelled unless they were carried out, and it no longer keeps
-records out.
+Every import matches all work items again, those of earlier downloads too, except those whose request
+waits, runs or was denied: a consumer who was not found may have been added since. A status that changed
+is reported as an amendment. What is removed from the lists is withdrawn: its requests are cancelled
+unless they were carried out, and it no longer keeps records out.
 
 The ledger holds DROP's ids of work items, and keyed digests in place of the hashes, which anybody can
 compute from a guess.
@@ -78,7 +78,7 @@ class Imported:
     new: int
     known: int  # from an earlier import of the same lists
     withdrawn: int
-    matched: int  # of all open ones, by one consumer each
+    matched: int  # of those that were matched, by one consumer each
     shared: int  # by several consumers
     not_found: int
     requests: tuple[str, ...]
@@ -136,7 +136,7 @@ class Reported:
 def import_lists(
     context: Context, download: Download, approver: str | None = None, submitter: str = ""
 ) -> Imported:
-    """Take in a download, match all open work items, and submit requests, in one commit.
+    """Take in a download, match work items, and submit requests, in one commit.
 
     The same download again changes nothing. Raise InvalidInput with every contradiction to what was
     imported before, ConfigConflict for another broker's download.
@@ -231,17 +231,17 @@ def _withdrawn(download: Download, known: Mapping[str, WorkItem]) -> Iterable[Wo
 def _match(
     context: Context, items: Iterable[WorkItem], requests: Mapping[str, Request]
 ) -> dict[str, list[list[RecordRow]]]:
-    """Return the consumers, as their held rows, whom each open work item matches."""
-    open_ = [each for each in items if each.key and _is_open(each, requests)]
+    """Return the consumers, as their held rows, whom each work item matches that may be matched."""
+    free = [each for each in items if each.key and _is_free(each, requests)]
     by_key: dict[str, list[WorkItem]] = {}
-    for each in open_:
+    for each in free:
         by_key.setdefault(each.key, []).append(each)
     ledger = context.stores.ledger
     pairs = ledger.identities(keys=by_key) if len(by_key) <= FEW_KEYS else ledger.identities()
     pairs = [each for each in pairs if each.key in by_key]
     rows = {row.id_digest: row for row in held_rows(context, {each.id_digest for each in pairs})}
     consumers: dict[str, list[RecordRow]] = {}
-    matches: dict[str, set[str]] = {each.item: set() for each in open_}
+    matches: dict[str, set[str]] = {each.item: set() for each in free}
     for pair in pairs:
         if (row := rows.get(pair.id_digest)) is not None:
             consumer = row.subject_digest or row.id_digest
@@ -252,8 +252,8 @@ def _match(
     return {item: [consumers[each] for each in sorted(found)] for item, found in matches.items()}
 
 
-def _is_open(item: WorkItem, requests: Mapping[str, Request]) -> bool:
-    """Return whether a work item is to be matched: no request stands for it, or its request is over."""
+def _is_free(item: WorkItem, requests: Mapping[str, Request]) -> bool:
+    """Return whether no request stands for a work item, or one that was cancelled or completed."""
     request = requests.get(item.request_id)
     return request is None or request.state in ("cancelled", "completed")
 
