@@ -219,7 +219,8 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "forgetting": lambda: forgetting.table(
             recorded("patches/forgetting_tiny"), recorded("patches/forgetting_rwku")
         ),
-        "fallback": of("patches/fallback_tiny", fallback.table),
+        "fallback": of("patches/fallback", fallback.table),
+        "fallback-tiny": of("patches/fallback_tiny", fallback.table),
         "sequential": of("patches/sequential", sequential.table),
     },
     "tests/bench/tofu_full/README.md": {
