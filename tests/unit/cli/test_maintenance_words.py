@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from cluster.cli import maintenance
 from cluster.cli.maintenance import collected, diagnosed, repaired, scanned
@@ -45,8 +45,9 @@ NUMERICS = Numerics(
 
 
 def test_a_dry_run_of_gc_lists_what_it_would_remove_and_what_it_keeps() -> None:
-    text = collected(Collected(True, GARBAGE, 0, 0, old_versions_kept=KEPT)).text
-    assert text.splitlines() == [
+    found = collected(Collected(True, GARBAGE, 0, 0, old_versions_kept=KEPT))
+    assert found.json["old_versions_kept"] == (asdict(KEPT[0]),)  # as `forget` calls them
+    assert found.text.splitlines() == [
         "retired or unknown files and directories: 2, 1,238 bytes",
         f"         1,234  records/old.parquet: {UNKNOWN_FILE}",
         f"             4  notes.txt: {STRAY}  (kept)",
