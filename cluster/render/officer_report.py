@@ -48,6 +48,7 @@ WITNESS_STEP = {
     "to be caught up": "the next command that writes catches up",
     "ahead of the ledger": "an older copy was restored: the next command deletes again",
 }
+OF_EVIDENCE = ("keyid", "origin", "size", "root", "cosigners", "fault")
 OF_SHARD = ("shard", "records", "head", "adapter_sha256", "depth", "num_stages", "converged")
 OF_REQUEST = (
     *("request_id", "external_id", "state", "regime", "created_at", "received_on", "due"),
@@ -163,10 +164,6 @@ class Facts:
     vault: Sequence[VaultSet] = ()
     evidence: Evidence | None = None  # None: the model has no keys of evidence
 
-    @property
-    def requests(self) -> Sequence[RequestView]:
-        return self.status.requests
-
 
 def read_facts(model: Model, now: str, made_by: str = "") -> Facts:
     """Read what the page shows, and check the log; nothing is changed. Raise Busy if others write."""
@@ -232,7 +229,8 @@ def _fault(error: Refused | SisaError) -> str:
 def report_body(found: Facts) -> dict[str, Any]:
     """Return everything that the page shows, as JSON values."""
     requests = [
-        {**_request(view), "certificate": _certificate(view, found.evidence)} for view in found.requests
+        {**_request(view), "certificate": _certificate(view, found.evidence)}
+        for view in found.status.requests
     ]
     body = {
         "made_at": found.made_at,
@@ -248,7 +246,7 @@ def report_body(found: Facts) -> dict[str, Any]:
         ],
         "requests": requests,
         "evidence": found.evidence and _evidence(found, found.evidence),
-        "costs": _batches(found.requests),
+        "costs": _batches(found.status.requests),
         "patches": [_patch(each) for each in found.patches],
         "vault": {
             "sets": sum(each.held for each in found.vault),
@@ -312,13 +310,12 @@ def _certificate(view: RequestView, evidence: Evidence | None) -> dict[str, Any]
 
 
 def _evidence(found: Facts, evidence: Evidence) -> dict[str, Any]:
-    known = {view.request.request_id for view in found.requests}
+    known = {view.request.request_id for view in found.status.requests}
     served = {f"shard-{e.shard:05d}": e.adapter_sha256 for e in found.status.shards if e.adapter_sha256}
     stated = {name: each for name, each in evidence.served.items() if name.startswith("shard-")}
     about = [each.request_id for each in evidence.statements if each.kind in CERTIFICATES]
     return {
-        **{name: getattr(evidence, name) for name in ("keyid", "origin", "size", "root", "cosigners")},
-        "fault": evidence.fault,
+        **{name: getattr(evidence, name) for name in OF_EVIDENCE},
         "statements": dict(Counter(each.name for each in evidence.statements)),
         "of_unknown_requests": sum(each not in known for each in about),
         "states_what_is_served": stated == served,
