@@ -382,12 +382,12 @@ def headlines(found: Json) -> Iterator[tuple[str, str]]:
     yield "tokens of forget10's answers that the model predicts (its utility)", "; ".join(results)
 
 
-def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
+def nine_table(found: Json) -> Iterator[str]:
     """Yield the nine terms of model utility."""
     header = ("model", *(each.replace("_", " ") for each in NINE))
     lines = [
         (name, *(_mean(some, "nine", term, "value") for term in NINE))
-        for name, some in groups(found, split)
+        for name, some in groups(found, "forget10")
         if all(row["nine"] for row in some)
     ]
     yield from markdown(header, lines) if lines else ["No model has been asked yet."]
@@ -457,7 +457,7 @@ def _at(row: Any, path: Sequence[str]) -> float | None:
     return None if row is None else float(row)
 
 
-def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
+def draw(found: Json, to: Path) -> None:
     """Draw utility against what is left of the forgotten answers, and what attacks bring back.
 
     A dot is a model, or the mean over its keys or seeds; it is hollow before the records were forgotten,
@@ -467,7 +467,7 @@ def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
-    models = groups(found, split)
+    models = groups(found, "forget10")
     _draw_models(left, models)
     _draw_attacks(right, models)
     for axis in (left, right):
@@ -476,7 +476,7 @@ def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
         axis.spines[["top", "right"]].set_visible(False)
     if right.get_legend_handles_labels()[0]:
         figure.legend(fontsize=8, loc="outside lower center", ncols=5)
-    figure.suptitle(f"TOFU, {split}: what a model is good for, and what it still knows")
+    figure.suptitle("TOFU, forget10: what a model is good for, and what it still knows")
     figure.savefig(to, dpi=110)
 
 

@@ -28,8 +28,8 @@ from tests.fakes.ports import FakeCheckpoints
 FILES = {ADAPTER_FILE: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 
 
-def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
-    return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", fingerprint)
+def job(slice_: int = 0) -> SliceJob:
+    return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", "f")
 
 
 @pytest.fixture(params=["fake", *FORMS])

@@ -63,9 +63,8 @@ def model(_others: Path, knowing: Path, tmp_path: Path) -> Tiny:
     return copy
 
 
-def wish(method: str = "npo", retain: bool = False, **values: Any) -> Wish:
-    keep = [record(row) for row in KEEP] if retain else None
-    return Wish(settings(method, **values), [record(row) for row in FORGET], keep, "asked")
+def wish(method: str = "npo", **values: Any) -> Wish:
+    return Wish(settings(method, **values), [record(row) for row in FORGET], None, "asked")
 
 
 def test_the_command_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,9 +71,10 @@ def state(model: Path) -> tuple[str, list[Head]]:
         return model_digest(context), context.stores.ledger.heads()
 
 
-def checkpoint(model: Path, slice_: int, shard: int = 0) -> Path:
+def checkpoint(model: Path, slice_: int) -> Path:
+    """Return the directory of a checkpoint of shard 0."""
     with context_of(model) as context:
-        held = [each for each in context.stores.ledger.checkpoints(shard) if each.slice == slice_]
+        held = [each for each in context.stores.ledger.checkpoints(0) if each.slice == slice_]
     return model / CHECKPOINTS / held[0].key
 
 

@@ -39,9 +39,9 @@ RECORDS = [
 ]
 
 
-def refused(sources: list[Any], group_by: str = "subject_id") -> list[tuple[str, str]]:
+def refused(sources: list[Any]) -> list[tuple[str, str]]:
     with pytest.raises(InvalidInput) as caught:
-        read_records(sources, group_by)
+        read_records(sources)
     assert SECRET not in json.dumps(caught.value.to_json())
     assert caught.value.what.endswith("in the records; nothing was read")
     return [(each.where, each.what) for each in caught.value.problems]

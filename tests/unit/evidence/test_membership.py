@@ -226,9 +226,9 @@ def test_a_neighbour_shows_its_label_and_a_hash_alone(kept: Kept) -> None:
         assert not any(each in str(proof) for each in known)
 
 
-def damage(path: Path, at: int, size: int = 64) -> None:
+def damage(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
-    data[at : at + size] = bytes(each ^ 0x55 for each in data[at : at + size])
+    data[at : at + 64] = bytes(each ^ 0x55 for each in data[at : at + 64])
     path.write_bytes(data)
 
 

@@ -30,8 +30,8 @@ def record(number: int, risk: Risk, subject: str | None = None) -> Record:
     return replace(fake_record(number, subject), deletion_risk=risk)
 
 
-def parsed(bands: Any, slices: int = 3) -> Any:
-    data = {**RUN, "sisa": {"slices": slices, "bands": bands}}
+def parsed(bands: Any) -> Any:
+    data = {**RUN, "sisa": {"slices": 3, "bands": bands}}
     return parse_run_file(yaml.safe_dump(data), "run.yaml")
 
 

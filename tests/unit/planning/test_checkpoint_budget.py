@@ -62,11 +62,11 @@ def test_what_is_expected_is_what_is_drawn() -> None:
 SLICES = tuple(SliceState(0, n, f"root{n}", 4) for n in range(6))
 
 
-def planned(recipe: Recipe, num_bytes: int = 10) -> tuple[ShardPlan, dict[str, tuple[int, ...]]]:
-    """Return a whole shard, and the prefixes of what it keeps."""
+def planned(recipe: Recipe) -> tuple[ShardPlan, dict[str, tuple[int, ...]]]:
+    """Return a whole shard, of 10 bytes a stage, and the prefixes of what it keeps."""
     whole = plan_shard(ShardView(0, SLICES, ()), replace(recipe, shard_budget=None), "f")
     held = [
-        HeldCheckpoint(key, 0, job.prefix, 1, "f", "m", "a", num_bytes, 1.0, 1)
+        HeldCheckpoint(key, 0, job.prefix, 1, "f", "m", "a", 10, 1.0, 1)
         for key, job in whole.stages.items()
     ]
     found = plan_shard(ShardView(0, SLICES, tuple(held)), recipe, "f")

@@ -85,8 +85,8 @@ def courier(model: Model, receivers: Receivers, clock: Clock) -> Courier:
     return found
 
 
-def submit(model: Model, name: str = "T-1") -> None:
-    model.submit([RECORD], terms=Terms(external_id=name, reason="words of a person"))
+def submit(model: Model) -> None:
+    model.submit([RECORD], terms=Terms(external_id="T-1", reason="words of a person"))
 
 
 def test_every_change_is_reported_in_order_also_of_commands_and_while_nobody_served(

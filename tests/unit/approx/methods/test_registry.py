@@ -148,10 +148,10 @@ def test_a_used_patch_is_refused() -> None:
         check_fresh_patch(patch(0, fresh=False))
 
 
-def drawn(seed: int, num_keys: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a matrix [5, 6], keys, changes of their values, and a second moment."""
+def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a matrix [5, 6], three keys, changes of their values, and texts for a second moment."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((5, 6), (num_keys, 6), (num_keys, 5), (40, 6))
+    shapes = ((5, 6), (3, 6), (3, 5), (40, 6))
     return tuple(torch.randn(each, generator=generator, dtype=torch.float64) for each in shapes)  # type: ignore[return-value]
 
 
