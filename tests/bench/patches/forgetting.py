@@ -124,11 +124,18 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _relearnt(row: Mapping[str, Any]) -> float:
-    """Return the probability of what was forgotten after three steps of training on it."""
+    """Return the probability of what was forgotten after three steps of training on it.
+
+    Where no patch was made, it is that of the base.
+    """
+    if row["robustness"] is None:
+        return float(row["metrics_before"]["forget_probability"])
     return float(row["robustness"]["relearning"]["3"])
 
 
 def _cell(row: Mapping[str, Any]) -> str:
+    if row["robustness"] is None:
+        return "no patch"
     known, others = row["still_known"], row["others_known"]
     probability = row["metrics_after"]["forget_probability"]
     left = f"{known['after']} of {known['before']}; {probability:.2f}, {_relearnt(row):.2f}"
