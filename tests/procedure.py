@@ -29,7 +29,7 @@ REACHES_NO_BIT = (
     *("sisa.core.errors", "sisa.core.events", "sisa.core.patches", "sisa.core.ports"),
     "sisa.core.requests",
 )
-RECORDED = (5, "ea47dd82f9ea199d")
+RECORDED = (5, "f867fc59f6ffeede")
 
 
 def path_of(module: str) -> Path:
