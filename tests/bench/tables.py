@@ -122,6 +122,7 @@ def results() -> Iterator[str]:
             "bench.deletion.retrained",
         ),
         *((*each, "bench.tofu_full") for each in tofu_full.headlines(recorded("tofu_full/tofu_full"))),
+        (*fallback.headline(recorded("patches/fallback")), "bench.patches.fallback"),
         (
             f"from a request to clean heads, {largest['records']:,} records",
             f"{largest['clean_heads_seconds']['p50']:.2f} s (p50)",

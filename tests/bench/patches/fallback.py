@@ -158,6 +158,21 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     yield from markdown(("retain set", *COLUMNS, *OF_A_PATCH), lines)
 
 
+def headline(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a patch with the base's own retain set leaves, in words, over all seeds."""
+    runs = list(found["seeds"].values())
+    before = [each["without_patch"]["forgotten"] for each in runs]
+    after = [each["patches"]["written by the base"] for each in runs]
+    gone = [at["forgotten"] for at in after]
+    asked = [at["others"]["base_probed"] for at in after]
+    kept = [at["others"]["base_known"] for at in after]
+    return (
+        "answers about a deleted person that the base still knows, after a patch (approximate)",
+        f"{sum(at['base_known'] for at in gone)} of {sum(at['base_known'] for at in before)}; "
+        f"{sum(kept)} of {sum(asked)} about others are left ({len(runs)} seeds)",
+    )
+
+
 def main() -> None:
     given = arguments(
         __doc__,
