@@ -139,9 +139,9 @@ class Descent:
             if at_end or self._now.step % self.bounds.check_every == 0:
                 if ended := self._measure():
                     return ended
-                if at_end and self._num_idle_rounds() >= self.bounds.patience:
-                    break
                 if at_end:
+                    if self._num_idle_rounds() >= self.bounds.patience:
+                        break
                     self._start_next_round()
                 self._save(job)
         return Ending.FINISHED if self._now.hold == 1.0 else Ending.BELOW_UTILITY_BOUND

@@ -218,7 +218,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/patches/README.md": {
         "forgetting": lambda: forgetting.table(
-            *map(recorded, (f"patches/forgetting_{each}" for each in ("tofu", "rwku", "tiny")))
+            *(recorded(f"patches/forgetting_{people}") for people in ("tofu", "rwku", "tiny"))
         ),
         "fallback": of("patches/fallback", fallback.table),
         "fallback-tiny": of("patches/fallback_tiny", fallback.table),

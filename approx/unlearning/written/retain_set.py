@@ -109,12 +109,12 @@ def write_neighbours(
                 if len(prompt) < sequence_len:
                     asked[tuple(prompt)] = place, number
     found = dict(sorted(asked.items(), key=lambda each: each[1]))
+    forgotten = [words(first_answer(record, tokenizer)[1]) for record in forget]
     written = write_answers(model, tokenizer, list(found), sequence_len)
     kept = []
     for each, (prompt, (place, number)) in zip(written, found.items(), strict=True):
         text = restore_names(words(each.input_ids[len(prompt) :]), forget[place], number)
-        _, forgotten = first_answer(forget[place], tokenizer)
-        if not repeats(words(forgotten), text):
+        if not repeats(forgotten[place], text):
             kept.append(each)
     return kept
 

@@ -62,18 +62,16 @@ MODES = {
 SCALE = Scale(per_person=2, epochs=2)
 
 
-def run(
-    ground: Ground, mode: Mode, way: Way, after: Sequence[int], done_before: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Forget people one after another, the first `done_before` done; yield a row after some requests."""
-    for first, upto in pairwise((done_before, *after)):
+def run(ground: Ground, mode: Mode, after: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Forget people one after another; yield a row after some requests."""
+    for first, upto in pairwise((0, *after)):
         requests = [erase(ground, subject) for subject in ground.known[first:upto]]
         kept = ground.known[upto:]
         knew = [each["request_id"] for each in requests if each["probed"]["num_known"]]
         started, done = time.monotonic(), {}
         if knew:
-            last = replace(way, keep=mode.keep and bool(kept), max_drift=mode.max_drift)
-            done = ground.unlearn(last, kept, requests=knew)
+            way = Way(keep=mode.keep and bool(kept), max_drift=mode.max_drift)
+            done = ground.unlearn(way, kept, requests=knew)
         report = done.get("report", {})
         composition = report.get("composition", {}).get("shards") or {}
         yield {
@@ -141,9 +139,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, name = Path(folder), "tiny base" if given.tiny else given.base_model
         base = base_dir(given.tiny, given.base_model, root)
-        scale, way = replace(TINY if given.tiny else SCALE, num_known=given.people), Way()
+        scale = replace(TINY if given.tiny else SCALE, num_known=given.people)
         ground = Ground.laid(root, base, scale)  # measure its own model first
-        found = {**here(name), "way": way.to_json(), "taught": dict(ground.taught)}
+        found = {**here(name), "taught": dict(ground.taught)}
         found["before"] = standing(ground, ground.known, [])
         whole = read(given.out)
         found["modes"] = whole.get(name, {}).get("modes", {})
@@ -151,7 +149,7 @@ def main() -> None:
             (root / mode).mkdir()
             found["modes"][mode] = rows = []
             beside = ground.beside(root / mode, patch_mode=MODES[mode].patch_mode)
-            for row in run(beside, MODES[mode], way, MODES[mode].after(scale.num_known)):
+            for row in run(beside, MODES[mode], MODES[mode].after(scale.num_known)):
                 rows.append(row)
                 write(given.out, {**whole, name: found})
     print("\n".join(table({name: found})))
