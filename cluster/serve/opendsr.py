@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import stat
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -37,8 +37,15 @@ def opendsr_status(state: RequestState) -> DsrStatus | None:
     return None if state == "failed" else "cancelled"
 
 
+class DsrTimes(NamedTuple):
+    """When a request came and when it should be complete, named and written as in OpenDSR's bodies."""
+
+    received_time: str
+    expected_completion_time: str
+
+
 def status_body(
-    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, received: str, expected: str
+    block: OpenDsrBlock, name: str | None, status: DsrStatus | None, times: DsrTimes
 ) -> dict[str, Any]:
     """Return the body of a status or a callback; `name` is the `subject_request_id`.
 
@@ -48,8 +55,7 @@ def status_body(
         "controller_id": block.controller_id,
         "subject_request_id": name,
         "request_status": status,
-        "received_time": received,
-        "expected_completion_time": expected,
+        **times._asdict(),
     }
 
 
@@ -78,16 +84,12 @@ def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
     }
 
 
-def received_at(request: Request) -> str:
-    """Return the `received_time` of a request: when it came here.
+def times_of(request: Request) -> DsrTimes:
+    """Return when a request came here, and the end of its due date.
 
     The `received_on` of one that came by OpenDSR is the day on which the person asked the controller.
     """
     late = "" if request.reason == OPENDSR else request.received_on
     found = datetime.fromisoformat(late or request.created_at)
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).isoformat(timespec="seconds")
-
-
-def expected_by(request: Request) -> str:
-    """Return the `expected_completion_time` of a request: the end of its due date."""
-    return f"{request.due}T23:59:59Z"
+    received = found if found.tzinfo else found.replace(tzinfo=UTC)
+    return DsrTimes(received.isoformat(timespec="seconds"), f"{request.due}T23:59:59Z")

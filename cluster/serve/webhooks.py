@@ -34,7 +34,7 @@ from urllib.error import HTTPError
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from cluster.serve.engines import Unredirected
-from cluster.serve.opendsr import expected_by, opendsr_headers, opendsr_status, received_at, status_body
+from cluster.serve.opendsr import opendsr_headers, opendsr_status, status_body, times_of
 from cluster.serve.state import Delivery, ServiceState
 from sisa.config.config import ServiceBlock, WebhookReceiver
 from sisa.core.digest import sha256_hex
@@ -193,7 +193,6 @@ def _messages(
         if block is not None and status and reported.get(each.request_id) != status:
             reported[each.request_id] = status
             for url in callbacks.get(each.request_id, ()):
-                times = received_at(request), expected_by(request)
-                report = status_body(block, request.external_id, status, *times)
+                report = status_body(block, request.external_id, status, times_of(request))
                 callback = {**report, "status_callback_url": url}
                 yield Delivery(name, url, "opendsr", json.dumps(callback))

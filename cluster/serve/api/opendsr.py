@@ -38,11 +38,11 @@ from cluster.serve.api.rights import handed
 from cluster.serve.domain import Service, TheService
 from cluster.serve.opendsr import (
     OPENDSR,
-    expected_by,
+    DsrTimes,
     opendsr_headers,
     opendsr_status,
-    received_at,
     status_body,
+    times_of,
 )
 from cluster.serve.problems import Refusal
 from cluster.serve.state import Call, Delivery, ServiceState
@@ -129,16 +129,15 @@ def submit_data_subject_request(
     subject = _subject(asked)
     _check_callbacks(block, asked.status_callback_urls)
     if asked.subject_request_type == "erasure":
-        expected, received = _submit_erasure(service, caller, asked, subject)
+        times = _submit_erasure(service, caller, asked, subject)
     else:
-        expected, received = _submit_access(service, caller, asked, subject, http)
+        times = _submit_access(service, caller, asked, subject, http)
     return _signed(
         block,
         201,
         {
             "controller_id": block.controller_id,
-            "expected_completion_time": expected,
-            "received_time": received,
+            **times._asdict(),
             "encoded_request": base64.b64encode(body).decode(),
             "subject_request_id": asked.subject_request_id,
         },
@@ -147,8 +146,8 @@ def submit_data_subject_request(
 
 def _submit_erasure(
     service: Service, caller: Caller, asked: DataSubjectRequest, subject: str
-) -> tuple[str, str]:
-    """Submit a request for erasure; return when it is expected to complete, and when it arrived."""
+) -> DsrTimes:
+    """Submit a request for erasure."""
     name, state = asked.subject_request_id, ServiceState(service.model.directory)
     if state.call(_key(service, name)):
         raise _taken()
@@ -162,13 +161,13 @@ def _submit_erasure(
     )
     made = caller.view(service.model).submit(subject=subject, terms=terms).request
     state.add_callbacks(made.request_id, asked.status_callback_urls)
-    return expected_by(made), received_at(made)
+    return times_of(made)
 
 
 def _submit_access(
     service: Service, caller: Caller, asked: DataSubjectRequest, subject: str, http: HttpRequest
-) -> tuple[str, str]:
-    """Note a request for access, and queue its callbacks; return its time of completion and arrival."""
+) -> DsrTimes:
+    """Note a request for access, which is complete at once, and queue its callbacks."""
     name, state = asked.subject_request_id, ServiceState(service.model.directory)
     digest = caller.view(service.model).subject_digest(subject)
     wanted = f"{asked.subject_request_type} {digest}"
@@ -187,8 +186,12 @@ def _submit_access(
         )
         for url in asked.status_callback_urls
     )
-    at = _of_seconds(call.at)
-    return at, at
+    return _times_of_access(call)
+
+
+def _times_of_access(call: Call) -> DsrTimes:
+    at = datetime.fromtimestamp(call.at, UTC).isoformat(timespec="seconds")
+    return DsrTimes(at, at)
 
 
 def _key(service: Service, subject_request_id: str) -> str:
@@ -270,8 +273,7 @@ def show_data_subject_request(
     block = _block(service)
     if found := _erasure(service, caller, subject_request_id):
         status = opendsr_status(found.state if found.state != "failed" else "approved")
-        times = received_at(found), expected_by(found)
-        body = status_body(block, subject_request_id, status, *times)
+        body = status_body(block, subject_request_id, status, times_of(found))
     else:
         call = _call(service, subject_request_id)
         if caller.shards is not None:  # raises for a person of other shards
@@ -284,8 +286,7 @@ def _access_status(service: Service, http: HttpRequest, name: str, call: Call) -
     """Return the status of a request for access: completed, with its results until they are fetched."""
     block = _block(service)
     url = f"{http.url.scheme}://{block.domain}{opendsr_router.prefix}/requests/{name}/results"
-    at = _of_seconds(call.at)
-    body = status_body(block, name, "completed", at, at)
+    body = status_body(block, name, "completed", _times_of_access(call))
     return body if call.request else {**body, "results_url": url}
 
 
@@ -357,7 +358,3 @@ def _signed(block: OpenDsrBlock, code: int, body: dict[str, Any]) -> Response:
     data = json.dumps(body).encode()
     headers = {**opendsr_headers(block, data), "Cache-Control": "no-store"}
     return Response(data, code, headers, media_type=_JSON)
-
-
-def _of_seconds(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
