@@ -7,9 +7,9 @@ whether a file may be parsed at all (`residue.py`).
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     path = Path(folder) / "rows.jsonl"
-...     _ = path.write_text('{"id": "r1"}\\nno JSON\\n')
+...     _ = path.write_text('{"id": "r1"}\\n{"id": 7}\\nno JSON\\n')
 ...     list(json_ids(path))
-['r1', None]
+['r1', '7', None]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SealedFiles:
 
 
 def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
-    """Yield the id of each row. Raise Unreadable if a file can't be decoded or has no column `id`."""
+    """Yield the id of each row, or None. Raise Unreadable for no Parquet, or without a column `id`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -82,7 +82,7 @@ def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
             if "id" not in file.schema_arrow.names:
                 raise Unreadable
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):
-                yield from (str(each) for each in batch.column(0).to_pylist())
+                yield from (None if each is None else str(each) for each in batch.column(0).to_pylist())
     except (pa.ArrowException, OSError) as error:
         raise Unreadable from error
 
@@ -94,6 +94,8 @@ def json_ids(path: Path) -> Iterator[str | None]:
             try:
                 value: Any = json.loads(line)
                 found = value.get("id") if isinstance(value, dict) else None
+                if isinstance(found, int) and not isinstance(found, bool):
+                    found = str(found)  # as records are read
                 yield found if isinstance(found, str) and found.encode() else None
             except (ValueError, RecursionError):  # not JSON, or an id that is not text
                 yield None

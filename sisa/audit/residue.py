@@ -258,13 +258,13 @@ class _Scanner:
                 return
         with read_beside(path) if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
-        ids = None
+        ids, ours = None, any(each in path.parents for each in self.own)
         if head == PARQUET_MAGIC:
             ids = parquet_ids(path if plain is None else io.BytesIO(plain))
-        elif path.suffix == ".jsonl" and path.parent != self.roots[METRICS]:
+        elif _has_json_lines(path, ours) and path.parent != self.roots[METRICS]:
             ids = json_ids(path)
         if ids is not None:
-            if self._check_rows(path, ids, ours=any(each in path.parents for each in self.own)):
+            if self._check_rows(path, ids, ours=ours):
                 self.proven.add(path)
         elif path.parent == self.roots[METRICS]:
             self._check_metrics(path)
@@ -324,7 +324,7 @@ class _Scanner:
         self.proven.add(path)
 
     def _check_rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
-        """Check rows, and return whether all could be read.
+        """Check rows, and return whether all could be read and have an id.
 
         A tombstone's row is residue anywhere, an unknown id's in the model's own places (`ours`).
         """
@@ -340,6 +340,7 @@ class _Scanner:
             self.counts["rows"] += len(batch)
             id_digest = self.context.settings.assigner.id_digest
             digests = {at: id_digest(each) for at, each in batch if each is not None}
+            whole = whole and len(digests) == len(batch)  # a row without an id proves nothing
             rows = self.context.stores.ledger.lookup(digests.values())
             for at, digest in digests.items():
                 row = rows.get(digest)
@@ -485,6 +486,12 @@ class _Scanner:
         surplus = plain.keys() - found.files.keys() - {MANIFEST_FILE} if found.key else ()
         for part in sorted(surplus):
             self.report("unknown_file", f"{where}/{part}", SURPLUS)
+
+
+def _has_json_lines(path: Path, ours: bool) -> bool:
+    """Return whether a file may hold rows; in a model, no `.json` does."""
+    suffix = path.suffix.lower()
+    return suffix == ".jsonl" or (suffix == ".json" and not ours and path.name != MANIFEST_FILE)
 
 
 def owned_temporary_files() -> list[Path]:

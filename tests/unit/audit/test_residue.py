@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,28 @@ def test_deleted_ids_in_sources_are_found_without_being_named(model: Path, tmp_p
         ("deleted_row", "people.jsonl", "row 5"),
         ("deleted_row", "people.parquet", "row 0"),
     ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".json"])
+def test_a_whole_number_names_a_row_in_every_json_source(
+    model: Path, tmp_path: Path, suffix: str
+) -> None:
+    with context_of(model) as context:
+        (gone,) = context.stores.ledger.tombstones()
+        other = replace(gone, id_digest=context.settings.assigner.id_digest("7"))
+        context.stores.ledger.commit(Change(tombstones=[other]))
+    source = tmp_path / f"people{suffix}"
+    source.write_text('{"id": 7}')
+    assert kinds(scan(model, also=[source])) == ["deleted_row"]
+
+
+def test_rows_without_an_id_prove_nothing(model: Path) -> None:
+    (model / RECORDS / "a.jsonl").write_text('{"text": "x"}')
+    pq.write_table(pa.table({"id": pa.array([None], pa.string())}), model / RECORDS / "b.parquet")
+    assert {(each.kind, Path(each.where).name) for each in scan(model).residue} == {
+        ("unknown_file", "a.jsonl"),
+        ("unknown_file", "b.parquet"),
+    }
 
 
 def test_a_place_that_is_not_there_is_bad_input(model: Path) -> None:
