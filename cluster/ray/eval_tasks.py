@@ -108,9 +108,9 @@ def run_on_models(
     """
     if executor == "serial" or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
+    from cluster.ray.scheduling import Placement
     from cluster.ray.session import alive_cpus, connect
     from cluster.ray.tasks import run_tasks
-    from cluster.ray.worker_slots import Placement
 
     session = connect(address, len(os.sched_getaffinity(0)))
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import ray
 
 from cluster.ray.proofs import NodeTerms, Prove, prove
+from cluster.ray.scheduling import Placement
 from cluster.ray.session import alive_cpus, connect
 from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
 from cluster.ray.tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
-from cluster.ray.worker_slots import Placement
 from sisa.core.checkpoint_files import CHECKPOINT_FILES
 from sisa.core.domain import BaseFiles, Chain, SliceJob
 from sisa.core.errors import InvalidInput

@@ -23,9 +23,9 @@ from typing import Any
 import ray
 
 from cluster.ray.proofs import NodeTerms, Proof, Proofs, Remote
+from cluster.ray.scheduling import Placement, WorkerSlots
 from cluster.ray.session import Session
 from cluster.ray.shared_base import BLOCK_BYTES
-from cluster.ray.worker_slots import Placement, WorkerSlots
 from sisa.core.errors import EnvironmentFault, Problem
 from sisa.core.events import Notice, Report
 

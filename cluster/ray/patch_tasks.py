@@ -16,10 +16,10 @@ import ray
 from approx.patches.patch_maker import PatchMaker
 from cluster.ray.executor import carrier, leased, lent_keys, manifest_of
 from cluster.ray.proofs import NodeTerms
+from cluster.ray.scheduling import Placement
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
 from cluster.ray.worker import NeedsBase, base_on_this_node
-from cluster.ray.worker_slots import Placement
 from sisa.config.config import RunConfig
 from sisa.core.checkpoint_files import CHECKPOINT_FILES
 from sisa.core.errors import EnvironmentFault

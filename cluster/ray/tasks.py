@@ -33,12 +33,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.ray.attempt import MAILBOX_S, Begun, Outcome, Unready, carry_out_remotely, end_worker
 from cluster.ray.nodes import Nodes
 from cluster.ray.proofs import LOST, NodeTerms, Remote
+from cluster.ray.scheduling import Placement, TaskQueue
 from cluster.ray.session import Listener, Session
-from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report, SliceTrained
 from sisa.core.run import current_run
-from sisa.planning.task_queue import TaskQueue
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

@@ -8,7 +8,6 @@ cost                record-epochs, and seconds
 checkpoint_budget   which checkpoints to keep when not all fit
 hidden_state_files  names of the files with cached hidden states
 batching            whether requests run now, or together with later ones
-task_queue          which task of a cluster starts next
 patch_plan          which patches there should be, and their texts
 layout_advice       costs of each choice of a layout, by closed forms
 deletion_stream     deletions by counts, replayed

@@ -5,10 +5,10 @@
     outcome   the time of each task's end, busy and lost time, deaths
 
 The simulation counts: it has no record, no clock and no Ray, and the same seed gives the same outcome.
-Tasks are handed out by the rule of a real cluster (`task_queue.py`), in the given order (longest first
-there, too: `serial.order_chains`). A worker's life is exponential, so that an attempt needs one draw.
-Idle workers do not die. The driver's own time (`fleet.py` measures it), networks and slow
-nodes are not covered.
+Tasks are handed out by the rule of a real cluster (`cluster/ray/scheduling.py`), in the given order
+(longest first there, too: `chains.order_chains`). A worker's life is exponential, so that an attempt
+needs one draw. Idle workers do not die. The driver's own time (`fleet.py` measures it), networks and
+slow nodes are not covered.
 
 >>> calm = Fleet(num_workers=2, record_epochs_per_s=10.0, start_s=0.0)
 >>> ran = simulate([[100, 100], [100], [100]], calm, seed=1)
@@ -26,7 +26,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from sisa.planning.task_queue import TaskQueue
+from cluster.ray.scheduling import TaskQueue
 
 
 @dataclass(frozen=True, slots=True)

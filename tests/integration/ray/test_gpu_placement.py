@@ -16,9 +16,9 @@ import pytest
 
 from cluster.ray import executor as ray_executor
 from cluster.ray.executor import open_executor
+from cluster.ray.scheduling import Placement
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
-from cluster.ray.worker_slots import Placement
 from sisa.core.domain import BaseFiles, Precision
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report, silent

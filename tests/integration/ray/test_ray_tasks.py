@@ -12,9 +12,9 @@ import pytest
 
 from cluster.ray import tasks as ray_tasks
 from cluster.ray.attempt import Unready
+from cluster.ray.scheduling import Placement
 from cluster.ray.session import connect
 from cluster.ray.tasks import run_tasks
-from cluster.ray.worker_slots import Placement
 from sisa.core.events import Event, Notice, Report, silent
 
 pytestmark = pytest.mark.ray

@@ -255,7 +255,7 @@ def light_modules() -> list[str]:
     ]
     found += ["cluster.cli.cli", "cluster.cli.jobs", "cluster.render.result"]
     found += ["cluster.render.officer_report", "cluster.serve.service", "cluster.serve.tokens"]
-    found += ["cluster.ray.worker_slots"]
+    found += ["cluster.ray.scheduling"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "ray_metrics", "reporting")]
     found += [f"approx.evaluation.{name}" for name in ("answer_score", "asking", "questions")]
     found += ["approx.evaluation.question_log"]
