@@ -1,4 +1,4 @@
-"""Test the contract of Keyring over the fake and a directory of keys.
+"""Test the contract of Keyring over a directory of keys.
 
 A sealed file opens with its key only, as that part of that file only. After the key is destroyed,
 nothing opens it, whatever happens later under the same name.
@@ -26,7 +26,6 @@ from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import MAGIC, FileKeyring, is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.sealed_area import reseal_blobs
-from tests.fakes.keyring import PLAIN, FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]
 SECRET = b"the only copy of this text"
@@ -37,11 +36,9 @@ parts = st.sampled_from(["", "manifest.json", "adapter_model.safetensors"])
 places = st.tuples(rooms, names, parts)
 
 
-@pytest.fixture(scope="module", params=["fake", "files"])
-def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenKeyring:
-    """Return a function that opens another empty keyring of the same kind at each call."""
-    if request.param == "fake":
-        return FakeKeyring
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> OpenKeyring:
+    """Return a function that opens another empty keyring at each call."""
     return lambda: FileKeyring(tmp_path_factory.mktemp("state") / "keyring")
 
 
@@ -157,15 +154,6 @@ def test_a_keyring_that_no_longer_seals_opens_what_is_sealed(folder: FileKeyring
     off = FileKeyring(folder.root, seals=False)
     assert off.seal(*PLACE, SECRET) == SECRET
     assert off.unseal(*PLACE, sealed) == SECRET
-    assert FakeKeyring(seals=False).seal(*PLACE, SECRET) == SECRET
-
-
-def test_without_a_keyring_nothing_is_sealed_or_opened(folder: FileKeyring) -> None:
-    assert PLAIN.seal(*PLACE, SECRET) == PLAIN.unseal(*PLACE, SECRET) == SECRET
-    PLAIN.destroy("records", ["a.parquet"])
-    assert PLAIN.held("records") == frozenset()
-    with pytest.raises(IntegrityError, match="there is no keyring"):
-        PLAIN.unseal(*PLACE, folder.seal(*PLACE, SECRET))
 
 
 # --- keys on a disk ------------------------------------------------------------------------------
