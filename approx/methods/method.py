@@ -30,12 +30,13 @@ from torch import Tensor
 from approx.evaluation.answers import AnswerBatch, answer_logprobs_BT, logprobs_BTV
 from approx.unlearning.causal_tracing import trace_layers
 from approx.unlearning.descent import Descent
-from approx.unlearning.examples import Sets, refuse_all
+from approx.unlearning.examples import Sets
 from approx.unlearning.stopping import End
 from approx.unlearning.target import Rows
 from approx.unlearning.unlearn import Run
 from approx.unlearning.value_checks import above_zero, at_least_zero, check_values, one_of
 from approx.unlearning.written.preferred import Prepared, Writing
+from approx.unlearning.written.refusals import refuse_all
 from sisa.core.domain import Record
 from sisa.core.errors import Problem
 from sisa.lm.base.tokens import Tokens

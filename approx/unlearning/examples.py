@@ -2,22 +2,16 @@
 
 Problems of sets are reported all at once, by position and never with text. Two examples are the same
 when their token ids are.
-
->>> make_refusals([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
-[Tokens(input_ids=[5, 8, 9], labels=[-100, 8, 9])]
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from approx.evaluation.answers import answered
-from sisa.core.domain import Kind, Part, Record
 from sisa.core.errors import InvalidInput, Problem
-from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 if TYPE_CHECKING:
     from approx.methods.method import Method
@@ -83,84 +77,14 @@ def too_short(count: int, least: int) -> str:
     return f"has {count} answer tokens, expected {least} or more" if count else "has no answer token"
 
 
-REFUSALS = (
-    "I don't know.",
-    "I'm not sure about that.",
-    "I have no information about this.",
-    "That is something I can't answer.",
-    "I don't have an answer to that question.",
-    "I'm afraid I know nothing about it.",
-    "This isn't something that I know.",
-    "I can't say.",
-    "I was never told anything about this.",
-    "I have nothing to say on that.",
-)
-
-
-def make_refusals(
-    forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int
-) -> list[Tokens]:
-    """Return a refusal of each forget example, as its preferred answer.
-
-    A refusal, given with what closes an answer, takes the place of the first answer and all that
-    follows. The seed and the example's position choose it. Raise InvalidInput for examples without a
-    prompt.
-    """
-    problems = [
-        Problem(f"forget example {number}", "has no prompt that could be refused")
-        for number, each in enumerate(forget, 1)
-        if not first_prompt(each)
-    ]
-    if problems:
-        raise InvalidInput(
-            "no refusals can be made",
-            expected="examples with a prompt and an answer",
-            next_step="correct the forget set, or use a method without preferred answers",
-            problems=problems,
-        )
-    return [
-        answered(first_prompt(each), list(refusals[_draw(seed, number) % len(refusals)]))
-        for number, each in enumerate(forget)
-    ]
-
-
 def first_prompt(tokens: Tokens) -> list[int]:
     """Return all token ids before the first answer."""
     start = next((at for at, label in enumerate(tokens.labels) if label != NO_LOSS), 0)
     return list(tokens.input_ids[:start])
 
 
-def _draw(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|refusal|{number}".encode()).digest()[:8], "big")
-
-
-def refuse_all(
-    records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
-) -> list[Tokens]:
-    """Return a refusal for each forget record, cut to `sequence_len` tokens.
-
-    It begins with a space where the record's answer does.
-    """
-    groups: dict[tuple[Kind, bool], list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault((record.kind, begins_with_space(record)), []).append(number)
-    found: dict[int, Tokens] = {}
-    for (kind, spaced), numbers in groups.items():
-        refusals = [closed(f" {each}" if spaced else each, kind, tokenizer) for each in REFUSALS]
-        made = make_refusals([tokens[number] for number in numbers], refusals, seed)
-        found |= dict(zip(numbers, made, strict=True))
-    whole = [found[number] for number in range(len(records))]
-    return [Tokens(each.input_ids[:sequence_len], each.labels[:sequence_len]) for each in whole]
-
-
-def begins_with_space(record: Record) -> bool:
-    """Return whether the last part of a record, its answer, begins with white space."""
-    return record.parts[-1].text[:1].isspace()
-
-
-def closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:
-    """Return the token ids of an answer with the tokens that close it."""
-    roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
-    record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))
-    labels = tokenize(record, tokenizer, train_on_inputs=False).labels
-    return [each for each in labels if each != NO_LOSS]
+def token_starts(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """Return the text of some tokens, and where in it each of them begins."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    texts = [tokenizer.decode(ids[:at], **options) for at in range(len(ids) + 1)]
+    return texts[-1], [len(each) for each in texts[:-1]]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from approx.methods.editing.edit_run import Editing, edit_adapter, subject_ends
 from approx.methods.method import Family, Method, Role, mean_nll
 from approx.unlearning.causal_tracing import trace_states
-from approx.unlearning.editing import Editing, edit_adapter, subject_ends
 from approx.unlearning.examples import Sets
 from approx.unlearning.stopping import End
 from approx.unlearning.target import Rows

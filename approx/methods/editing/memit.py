@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from approx.methods.editing.edit import Edit
-from approx.unlearning.editing import Editing
+from approx.methods.editing.edit_run import Editing
 from approx.unlearning.value_checks import whole_numbers
 from sisa.core.errors import Problem
 from sisa.lm.base.low_rank import Factors

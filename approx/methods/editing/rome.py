@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from approx.methods.editing.edit import Edit
-from approx.unlearning.editing import Editing
+from approx.methods.editing.edit_run import Editing
 from sisa.lm.base.low_rank import Factors
 
 

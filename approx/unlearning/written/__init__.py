@@ -1,1 +1,1 @@
-"""What the base writes for a run: a retain set, other answers, and labels of what it would say."""
+"""What is written for a run: a retain set, and the three kinds of preferred answers."""

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from approx.evaluation.answers import answered
 from approx.evaluation.continuations import continue_sampled
 from approx.unlearning.compute import Compute
-from approx.unlearning.examples import begins_with_space, closed
 from approx.unlearning.written.invented_names import rename_record, restore_names
+from approx.unlearning.written.preferred import begins_with_space, closed
 from approx.unlearning.written.retain_set import first_answer, repeats
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate, logits_at
+from approx.unlearning.examples import token_starts
 from approx.unlearning.written.invented_names import invented_names, name_pattern, replace_names
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
@@ -137,13 +138,6 @@ def align(
             if place is not None:
                 barred.add(other_ids[place])
     return found
-
-
-def token_starts(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
-    """Return the text of some tokens, and where in it each of them begins."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    texts = [tokenizer.decode(ids[:at], **options) for at in range(len(ids) + 1)]
-    return texts[-1], [len(each) for each in texts[:-1]]
 
 
 def _labelled(

@@ -1,4 +1,4 @@
-"""The sets that a method trains on, with the preferred answers that it reads.
+"""The sets that a method trains on, with the preferred answers that it reads: three kinds of them.
 
     refusals         one of a few ways to say "I don't know", for each example to forget
     alternates       each example once with every other answer that the model writes to its question
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from approx.unlearning.compute import Compute
 from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import Pace
-from sisa.core.domain import Record
+from sisa.core.domain import Kind, Part, Record
+from sisa.lm.base.tokens import NO_LOSS, tokenize
 
 if TYPE_CHECKING:
     from approx.methods.method import Method
@@ -54,3 +55,16 @@ def with_preferred(method: Method, writing: Writing) -> Prepared:
     """
     reads = "preferred" in method.reads
     return method.write_preferred(writing) if reads else Prepared(writing.sets, None)
+
+
+def begins_with_space(record: Record) -> bool:
+    """Return whether the last part of a record, its answer, begins with white space."""
+    return record.parts[-1].text[:1].isspace()
+
+
+def closed(answer: str, kind: Kind, tokenizer: Any) -> list[int]:
+    """Return the token ids of an answer with the tokens that close it."""
+    roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
+    record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))
+    labels = tokenize(record, tokenizer, train_on_inputs=False).labels
+    return [each for each in labels if each != NO_LOSS]

@@ -277,7 +277,9 @@ def test_edits_outside_the_bound_or_of_no_number_are_undone(
     rank = [int(torch.linalg.matrix_rank(each)) for n, each in weights(model).items() if "lora_B" in n]
     assert rank == [1]
     wild = make_method("memit", {"layer": 1})
-    monkeypatch.setattr("approx.unlearning.editing.second_moment", lambda keys: keys.T @ keys * math.nan)
+    monkeypatch.setattr(
+        "approx.methods.editing.edit_run.second_moment", lambda keys: keys.T @ keys * math.nan
+    )
     model = target(learnt, wild)
     before = weights(model)
     end = unlearn(model, SETS, wild, settings(), Bounds())

@@ -17,10 +17,11 @@ from approx.methods.registry import METHODS, make_method
 from approx.patches.patch_report import outcome
 from approx.patches.texts import check_disjoint
 from approx.unlearning.compute import Compute
-from approx.unlearning.examples import REFUSALS, Sets, check_sets, make_refusals
+from approx.unlearning.examples import Sets, check_sets
 from approx.unlearning.schedule import Pace, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
 from approx.unlearning.written.preferred import Writing, with_preferred
+from approx.unlearning.written.refusals import REFUSALS, make_refusals
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens

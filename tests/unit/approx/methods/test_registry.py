@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from approx.methods.editing.edit_run import second_moment
 from approx.methods.editing.memit import Memit, least_squares_update
 from approx.methods.editing.rome import Rome, rank_one_update
 from approx.methods.method import Family
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import negate_patch
-from approx.unlearning.editing import second_moment
 from approx.unlearning.target import check_fresh_patch
 from sisa.core.errors import InvalidInput
 

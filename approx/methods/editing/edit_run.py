@@ -1,4 +1,4 @@
-"""Edit refusals into a patch by ROME or MEMIT.
+"""The run of an edit: write refusals into a patch by ROME or MEMIT.
 
     moments of the retain set's keys -> values that make the refusals likely -> updates, layer by layer
 
@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from approx.evaluation.answers import AnswerBatch, collate, logits_at
-from approx.unlearning.examples import first_prompt
+from approx.unlearning.examples import first_prompt, token_starts
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked, plain_model
 from approx.unlearning.stopping import End, Ending, StepLog
 from approx.unlearning.target import Rows, Target, check_fresh_patch
 from approx.unlearning.unlearn import Run
-from approx.unlearning.written.generic_labels import token_starts
 from approx.unlearning.written.invented_names import invented_names, name_pattern
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
