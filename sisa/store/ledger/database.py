@@ -137,9 +137,6 @@ class Database:
     def _guard(self) -> AbstractContextManager[None]:
         return typed_errors(self.backend)
 
-    def _corrupt(self, cause: str) -> IntegrityError:
-        return damaged_ledger(self.backend.where, cause)
-
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with self._guard():

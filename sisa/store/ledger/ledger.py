@@ -120,9 +120,10 @@ class SqlLedger(Database):
                 here = (RECORDS_TABLE.c.shard == shard, RECORDS_TABLE.c.vector_id.in_(chunk))
                 held = as_objects(RecordRow, RECORDS_TABLE, rows.read(connection, RECORDS_TABLE, *here))
                 found |= {each.vector_id: each for each in held}
-        missing = set(vector_ids) - found.keys()
-        if missing and any(row.vector_id in missing for row in self.rows(shard)):
-            raise self._corrupt("a record that is not found by its vector")
+            missing = set(vector_ids) - found.keys()
+            every = rows.read_all(connection, RECORDS_TABLE, shard) if missing else []
+            if any(row.vector_id in missing for row in as_objects(RecordRow, RECORDS_TABLE, every)):
+                raise rows.Damaged("a record that is not found by its vector")
         return found
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
@@ -133,9 +134,8 @@ class SqlLedger(Database):
             found = rows.contents(connection, shard, slice_)
             here = (SLICES_TABLE.c.shard == shard, SLICES_TABLE.c.slice == slice_)
             files = as_objects(SliceFile, SLICES_TABLE, rows.read(connection, SLICES_TABLE, *here))
-        expected = [each.root for each in files]
-        if expected != ([root_of(found)] if found else []):
-            raise self._corrupt("records that do not match the root of their slice")
+            if [each.root for each in files] != ([root_of(found)] if found else []):
+                raise rows.Damaged("records that do not match the root of their slice")
         return found
 
     def counts(self) -> dict[int, int]:

@@ -492,3 +492,20 @@ def test_a_reader_sees_one_state_while_another_process_writes(place: Path | str)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rows_module, "read", slow)
             assert [len(reader.heads()) for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_record_that_arrives_while_vectors_are_looked_up_is_no_damage(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(place, create=True) as ledger, opened(place) as reader:
+        read = rows_module.read
+
+        def slow(*asked: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            found = read(*asked, **options)
+            ledger.commit(Change(added=[row(1)]))
+            return found
+
+        monkeypatch.setattr(rows_module, "read", slow)
+        assert reader.by_vector(row(1).shard, [row(1).vector_id]) == {}
+        assert list(reader.by_vector(row(1).shard, [row(1).vector_id])) == [row(1).vector_id]
