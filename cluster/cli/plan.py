@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import PATH, command, command_group, run_file_argument
-from cluster.observe.extras import extra
 from cluster.render.result import EXIT_USAGE, Result, counted
-from sisa.core.errors import InvalidInput, Problem
+from sisa.core.errors import InvalidInput, Problem, extra
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig

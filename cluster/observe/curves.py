@@ -18,9 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.observe.extras import extra
 from sisa.core.digest import digest_of
-from sisa.core.errors import EnvironmentFault
+from sisa.core.errors import EnvironmentFault, extra
 from sisa.store.blobs.files import disk_errors
 
 QUEUE = ("depth", "undecided", "held", "failed_erasures", "oldest_days_left")

@@ -164,6 +164,25 @@ class EnvironmentFault(TransientError):
     """Disk, network, a missing package or the cluster failed."""
 
 
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Raise EnvironmentFault if the block imports a library that an extra of this project installs.
+
+    >>> with extra("s3"):
+    ...     import json
+    """
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or "a library").partition(".")[0]
+        raise EnvironmentFault(
+            f"{library} is not installed",
+            expected=f"the extra `{name}` of this project",
+            got=f"no module {error.name}",
+            next_step=f"pip install 'deletion-ready-model[{name}]', on every node that uses it",
+        ) from None
+
+
 def internal_fault(error: Exception) -> SisaError:
     """Return an error that names the line of a bug; the bug's own message may contain record text."""
     if os.environ.get("SISA_DEBUG"):

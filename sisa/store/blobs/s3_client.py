@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from sisa.core.errors import EnvironmentFault
+from sisa.core.errors import EnvironmentFault, extra
 
 CONNECT_S, READ_S = 10, 60
 STORAGE_STEPS = {
@@ -39,14 +38,9 @@ def region() -> str:
 
 
 def _boto3() -> Any:
-    try:
-        return importlib.import_module("boto3")
-    except ImportError:
-        raise EnvironmentFault(
-            "storage on s3:// needs boto3, which is not installed",
-            expected="the extra `s3` of this project",
-            next_step="pip install 'deletion-ready-model[s3]', on every node",
-        ) from None
+    with extra("s3"):
+        import boto3
+    return boto3
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sisa.core.domain import RecordRow
-from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput, SisaError
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, InvalidInput, SisaError, extra
 from sisa.store.ledger.backend import PATIENCE_S, SCRUB_PATIENCE_S, Statements, Watch, message_of
 from sisa.store.ledger.tables import (
     IDENTITIES_TABLE,
@@ -36,14 +36,8 @@ from sisa.store.ledger.tables import (
     schema,
 )
 
-try:
+with extra("postgres"):
     import psycopg
-except ImportError:
-    raise EnvironmentFault(
-        "a ledger on postgresql:// needs psycopg, which is not installed",
-        expected="the extra `postgres` of this project",
-        next_step="pip install 'deletion-ready-model[postgres]', on every node",
-    ) from None
 
 CHANNEL = "sisa_ledger"
 REWRITING_S = 120.0  # most that a reader waits while `scrub` rewrites a table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.server
-import importlib
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -250,15 +249,8 @@ def test_a_conflict_of_two_puts_is_waited_for(objects: S3Blobs, monkeypatch: pyt
 
 
 def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.import_module
-
-    def absent(name: str) -> ModuleType:
-        if name == "boto3":
-            raise ImportError
-        return real(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(EnvironmentFault, match="needs boto3") as caught:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(EnvironmentFault, match="boto3 is not installed") as caught:
         S3Blobs("bucket", "m", "http://nowhere", "us-east-1").held()
     assert "deletion-ready-model[s3]" in caught.value.next_step
 
