@@ -65,11 +65,12 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     """Ask the base alone whether it reproduces given texts."""
     import sisa.unlearn
     from approx.evaluation.probe import open_probe
+    from sisa.config.fields import DATA_SUFFIXES
     from sisa.core.domain import Part, Record
     from sisa.data.reader import read_like
 
     with opened(directory) as model:
-        if file.suffix in (".jsonl", ".json", ".parquet"):
+        if file.suffix.lower() in DATA_SUFFIXES:
             records = list(read_like(model.config, file))
         else:
             lines = enumerate(read_lines(file))

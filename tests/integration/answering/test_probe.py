@@ -135,7 +135,7 @@ def test_the_command_asks_the_same_of_any_text(
     model = Tiny(tmp_path / "sisa", knowing)
     write_run(model.folder, knowing)
     model.train()
-    file = model.file("known.jsonl", KNOWN)
+    file = model.file("known.JSONL", KNOWN)
     if not as_records:
         file = model.folder / "texts.txt"
         file.write_text("\n".join(f"{row['prompt']}{row['completion']}" for row in STRANGERS) + "\n\n")
