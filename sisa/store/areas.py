@@ -28,9 +28,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sisa.core import ports
-from sisa.store.blobs import s3_client
 from sisa.store.blobs.local_blobs import LocalBlobs
-from sisa.store.blobs.s3_blobs import S3Blobs
+from sisa.store.blobs.s3_blobs import SCHEME, bucket_at
 
 RECORDS, INDEX, CHECKPOINTS, REPLAYS = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
@@ -40,7 +39,6 @@ SHARED_AREAS = (RECORDS, HIDDEN_STATES, CHECKPOINTS, PATCHES, REPLAYS, LOG)
 FILE_AREAS = (RECORDS, INDEX, VAULT, HIDDEN_STATES)  # sealed ones that hold files
 GROUP_AREAS = (CHECKPOINTS, PATCHES, RUNS, REPLAYS)  # sealed ones that hold groups of files
 ALWAYS_SEALED = (VAULT, RUNS)
-SCHEME = "s3://"
 
 
 def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, ports.BlobStore]:
@@ -53,7 +51,4 @@ def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, po
 
 def storage_root(storage: str) -> ports.BlobStore:
     """Return the blob store of a storage, which models share. Raise EnvironmentFault without boto3."""
-    if not storage.startswith(SCHEME):
-        return LocalBlobs(Path(storage))
-    bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
-    return S3Blobs(bucket, prefix.strip("/"), s3_client.endpoint(), s3_client.region())
+    return bucket_at(storage) if storage.startswith(SCHEME) else LocalBlobs(Path(storage))

@@ -27,6 +27,7 @@ from sisa.store.blobs import s3_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.s3_client import code_of, store_errors
 
+SCHEME = "s3://"
 LAST = MANIFEST_FILE  # the part that completes a group
 BATCH = 1000  # objects that one request may delete
 ERASE_TRIES = 10
@@ -68,7 +69,7 @@ class S3Blobs:
         return replace(self, prefix=self._key(name))
 
     def location(self, name: str = "") -> str:
-        return f"s3://{self.bucket}/{self._key(name)}"
+        return f"{SCHEME}{self.bucket}/{self._key(name)}"
 
     def _key(self, name: str) -> str:
         return "/".join(each for each in (self.prefix, name) if each)
@@ -318,6 +319,12 @@ class S3Blobs:
                 batch = {"Objects": doomed[at : at + BATCH], "Quiet": True}
                 errors += self._boto.delete_objects(Bucket=self.bucket, Delete=batch).get("Errors", [])
         return errors
+
+
+def bucket_at(uri: str) -> S3Blobs:
+    """Return the store at `s3://BUCKET[/PREFIX]`; the server comes from this machine's environment."""
+    bucket, _, prefix = uri.removeprefix(SCHEME).partition("/")
+    return S3Blobs(bucket, prefix.strip("/"), s3_client.endpoint(), s3_client.region())
 
 
 class _Refused(Exception):
