@@ -20,7 +20,7 @@ infinity) at answer tokens are not supported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -37,9 +37,7 @@ from approx.unlearning.unlearn import Run
 from approx.unlearning.value_checks import above_zero, at_least_zero, check_values, one_of
 from approx.unlearning.written.preferred import Prepared, Writing
 from approx.unlearning.written.refusals import refuse_all
-from sisa.core.domain import Record
 from sisa.core.errors import Problem
-from sisa.lm.base.tokens import Tokens
 
 
 def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
@@ -106,6 +104,7 @@ class Method:
         compares_tokens       the sets for which F, or an R of its own, needs the reference's logits or
                               hidden states
         prefers               what the preferred answers are, for a method that reads them
+        at_subjects           whether the method edits at the subject of each forget example
         retain_field          the field with the weight of R
         in_a_patch            its defaults in a patch where they are others: there a method without a
                               retain term has one, because 24 steps raise the NLL of retained answers
@@ -114,8 +113,8 @@ class Method:
 
     and `compares_answers` are the sets for which F needs the reference's log-probability of each whole
     answer, which is the same at every step. A method that does otherwise than step down its loss says
-    so in `apply`, `find_subjects`, `write_preferred`, `layer_effects`, `adapter_values` and
-    `patch_problems`; callers never ask which kind it is.
+    so in `apply`, `write_preferred`, `layer_effects`, `adapter_values` and `patch_problems`; callers
+    never ask which kind it is.
     """
 
     name: ClassVar[str]
@@ -126,6 +125,7 @@ class Method:
     always_reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
     compares_tokens: ClassVar[frozenset[Role]] = frozenset()
     prefers: ClassVar[Alternative] = "refusals"
+    at_subjects: ClassVar[bool] = False
     retain_field: ClassVar[str] = "retain_weight"
     in_a_patch: ClassVar[Mapping[str, Any]] = {}
 
@@ -210,15 +210,6 @@ class Method:
     def apply(self, run: Run) -> End:
         """Change a run's target within its bounds, and return how the run ended."""
         return Descent(self, run).run()
-
-    def find_subjects(
-        self,
-        records: Sequence[Record],  # noqa: ARG002
-        tokens: Sequence[Tokens],  # noqa: ARG002
-        tokenizer: Any,  # noqa: ARG002
-    ) -> Sequence[int]:
-        """Return the position of each record's subject, for a method that edits there."""
-        return ()
 
     def write_preferred(self, writing: Writing) -> Prepared:
         """Return the sets with the preferred answers, which are of the kind `prefers`."""

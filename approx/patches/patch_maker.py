@@ -1,13 +1,12 @@
-"""Make a patch: from texts in the vault to an adapter in the patch store. A patch is always
-approximate.
+"""The making of a patch: from texts in the vault to an adapter in the patch store.
 
     read the sets -> load the base with the patches beneath -> measure -> unlearn -> measure -> store
 
-A patch depends only on what its job names: the same job gives the same bytes on one machine. A run
-searches the strength that is needed (`descent.py`). If the best weights within the bound on utility are
-the first ones, there is no patch. Utility is measured on answers of the base that are not trained on. A
-run is saved, sealed by the vault's keyring, until the caller has its result, so an interrupted run
-continues.
+A patch is always approximate. It depends only on what its job names: the same job gives the same bytes
+on one machine. A run searches the strength that is needed (`descent.py`). If the best weights within the
+bound on utility are the first ones, there is no patch. Utility is measured on answers of the base that
+are not trained on. A run is saved, sealed by the vault's keyring, until the caller has its result, so an
+interrupted run continues.
 
 `sisa/flows/patches/patching.py` decides what happens with a patch; `cluster/ray/patch_tasks.py` makes
 one in a task on Ray.
@@ -22,6 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from approx.evaluation.probe import answers_to_probe
+from approx.methods.editing.edit_run import subject_ends
 from approx.methods.method import Method
 from approx.patches import patch_measures
 from approx.patches.patch_report import ApproxReport
@@ -243,6 +243,7 @@ class _Making:
         held = {each.name: vault.read(each) for each in self.order.sets}
         records = list(dict.fromkeys(record for name in job.forget for record in held[name]))
         forget = tokenize_records(records, "forget", self._tokenizer, limits)
+        at_subjects = self.settings.method.at_subjects
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
@@ -261,7 +262,7 @@ class _Making:
             Sets(
                 forget,
                 given + trained + more_trained,
-                subjects=self.settings.method.find_subjects(records, forget, self._tokenizer),
+                subjects=subject_ends(records, forget, self._tokenizer) if at_subjects else (),
             ),
             judged=(judged + more_judged) or given,
             num_given=len(given),

@@ -22,18 +22,13 @@ class Sets:
     """Tokenized examples.
 
     `preferred[i]` answers the prompt of `forget[i]`, or has the same tokens with other labels.
-    `subjects[i]` is the position of its subject's last token, for methods that edit there.
+    `subjects[i]` is the position of its subject's last token, for methods that edit `at_subjects`.
     """
 
     forget: Sequence[Tokens]
     retain: Sequence[Tokens] = ()
     preferred: Sequence[Tokens] = ()
     subjects: Sequence[int] = ()
-
-    @property
-    def subject_positions(self) -> Sequence[int]:
-        """Return the subjects, or the last positions of the prompts."""
-        return self.subjects or [max(0, len(first_prompt(each)) - 1) for each in self.forget]
 
 
 def check_sets(sets: Sets, method: Method) -> None:
@@ -54,9 +49,11 @@ def _set_problems(sets: Sets, method: Method) -> Iterator[Problem]:
         yield Problem("forget", "no examples")
     if "retain" in method.reads and not sets.retain:
         yield Problem("retain", "no examples, and the method's loss has a retain term")
+    expected = f"expected one for each of {len(sets.forget)}"
     if "preferred" in method.reads and len(sets.preferred) != len(sets.forget):
-        expected = f"expected one for each of {len(sets.forget)}"
         yield Problem("preferred", f"{len(sets.preferred)} answers, {expected}")
+    if method.at_subjects and len(sets.subjects) != len(sets.forget):
+        yield Problem("subjects", f"{len(sets.subjects)} positions, {expected}")
     roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
     for role, examples in roles.items():
         for number, each in enumerate(examples, 1):

@@ -1,4 +1,4 @@
-"""Apply a method of unlearning to a patch, and report on it.
+"""A run of a method of unlearning over a patch.
 
 The patch is changed in place and always ends with weights that were checked.
 

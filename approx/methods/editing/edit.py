@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from approx.methods.editing.edit_run import Editing, edit_adapter, subject_ends
+from approx.methods.editing.edit_run import Editing, edit_adapter
 from approx.methods.method import Family, Method, Role, mean_nll
 from approx.unlearning.causal_tracing import trace_states
 from approx.unlearning.examples import Sets
@@ -16,9 +16,7 @@ from approx.unlearning.stopping import End
 from approx.unlearning.target import Rows
 from approx.unlearning.unlearn import Run
 from approx.unlearning.value_checks import given, whole_numbers
-from sisa.core.domain import Record
 from sisa.core.errors import Problem
-from sisa.lm.base.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Edit(Method):
     family: ClassVar[Family] = "editing"
     positive: ClassVar[tuple[str, ...]] = ("value_rate", "max_value_norm")
     always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred", "retain"})
+    at_subjects: ClassVar[bool] = True
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each value for which the edit is not defined."""
@@ -63,15 +62,9 @@ class Edit(Method):
         """Edit the answers to the forget set into the preferred ones."""
         return Editing(self, run).run()
 
-    def find_subjects(
-        self, records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any
-    ) -> Sequence[int]:
-        """Return the position of the last token of each subject."""
-        return subject_ends(records, tokens, tokenizer)
-
     def layer_effects(self, model: Any, sets: Sets) -> list[float]:
         """Return the effects at the subjects, where layers above what the answers read have none."""
-        return trace_states(model, sets.forget, sets.subject_positions)
+        return trace_states(model, sets.forget, sets.subjects)
 
     def adapter_values(self, base: Any, num_texts: int) -> dict[str, Any]:
         """Return rank, scale and modules of a patch that can hold the edits."""

@@ -122,7 +122,7 @@ class Editing:
         check_fresh_patch(run.target.trained)
         layers, num = decoder_layers(self._model), len(run.sets.forget)
         self.matrices = [_edited_matrix(run.target, layers[n], n, num) for n in method.layers]
-        self.facts = Facts(run.sets.preferred, run.sets.subject_positions)
+        self.facts = Facts(run.sets.preferred, run.sets.subjects)
         self._tokens_trained, self._tokens_forward, self._loss = 0, 0, 0.0
 
     def run(self) -> End:

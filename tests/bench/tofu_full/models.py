@@ -23,6 +23,7 @@ from typing import Any
 from approx.evaluation.asking import EvaluatedModel
 from approx.evaluation.evaluated_models import DeletionReadyModel, records_of
 from approx.evaluation.questions import Question
+from approx.methods.editing.edit_run import subject_ends
 from approx.methods.method import Method
 from approx.methods.registry import make_method
 from approx.methods.task_arithmetic import TaskArithmetic
@@ -363,7 +364,7 @@ class Models:
         gone = self.data.full[kept:]
         forget, retain = self.base.tokens(gone), self.base.tokens(self.data.full[:kept])
         records = records_of([(each.question, each.answer) for each in gone], FORM)
-        subjects = method.find_subjects(records, forget, self.base.tokenizer)
+        subjects = subject_ends(records, forget, self.base.tokenizer) if method.at_subjects else ()
         return records, Sets(forget, retain, subjects=subjects)
 
     def layers_of(self, contestant: Contestant) -> Any:

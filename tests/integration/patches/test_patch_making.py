@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from approx.methods.distillation.whp import learn_by_heart
-from approx.methods.registry import make_method
+from approx.methods.editing.edit_run import subject_ends
 from approx.patches.patch_maker import split_judged
 from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.examples import Sets, first_prompt
@@ -321,10 +321,9 @@ def test_the_subject_of_a_fact_is_the_last_name_in_its_prompt(bench: Bench) -> N
         for n, each in enumerate(asked)
     ]
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
-    named, other = make_method("rome").find_subjects(records, tokens, tokenizer)
+    named, other = subject_ends(records, tokens, tokenizer)
     assert tokenizer.decode(tokens[0].input_ids[: named + 1]).endswith("Ada Quill")
     assert other == len(first_prompt(tokens[1])) - 1
-    assert not make_method("npo").find_subjects(records, tokens, tokenizer)
 
 
 def test_a_base_that_says_nothing_else_writes_no_alternates(

@@ -53,7 +53,7 @@ def example(prompt: int, answer: list[int]) -> Tokens:
 FORGET = [example(10, [31, 32, 33]), example(11, [34, 35]), example(12, [36, 37, 38])]
 RETAIN = [example(20, [41, 42]), example(21, [43, 44, 45]), example(22, [46, 47])]
 PREFERRED = [example(prompt, [60, 61]) for prompt in (10, 11, 12)]
-SETS = Sets(FORGET, RETAIN, PREFERRED)
+SETS = Sets(FORGET, RETAIN, PREFERRED, subjects=[1, 1, 1])
 
 
 @pytest.fixture(scope="module")

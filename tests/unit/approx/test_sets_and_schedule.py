@@ -46,8 +46,10 @@ def test_empty_sets() -> None:
     check_sets(Sets([example(1, 2)]), make_method("npo", {"retain_weight": 0.0}))
 
 
-def test_missing_preferred_answers() -> None:
+def test_missing_preferred_answers_and_subjects() -> None:
     two = [example(1, 2), example(1, 3)]
+    for_edits = Sets(two, [example(5, 6)], [example(1, 9), example(1, 8)], subjects=[0])
+    assert problems_of(for_edits, "rome") == ["subjects"]
     assert problems_of(Sets(two), "dpo") == ["preferred"]
     assert problems_of(Sets(two, preferred=[example(1, 9)]), "dpo") == ["preferred"]
     check_sets(Sets(two, preferred=[example(1, 9), example(1, 8)]), make_method("dpo"))
