@@ -22,6 +22,7 @@ approximate, holds no text, and does not cover knowledge under another wording.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, end_tokens, tokenize
 from sisa.lm.base.weights import load_patched
 
-MAX_PROBED, MAX_SECONDS = 32, 60.0  # erasure of the text waits meanwhile
+MAX_PROBED, MAX_SECONDS = 32, 60.0  # of a deletion, whose erasure waits meanwhile
 RECORDS_AT_ONCE = 8
 MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # per record
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
@@ -71,7 +72,7 @@ class BaseProbe:
         pin_threads(self.threads)
         model, tokenizer = load_patched(self.base, self.patches)
         chosen = [_answers(each, tokenizer, self.sequence_len) for each in records[:MAX_PROBED]]
-        found = probe_answers(model, tokenizer, chosen)
+        found = probe_answers(model, tokenizer, chosen, MAX_SECONDS)
         if not found:
             return Probed(len(records))
         return Probed(
@@ -104,13 +105,15 @@ class ProbedAnswer:
         return recalled or (self.ends_right and self.strength >= KNOWN_STRENGTH)
 
 
-def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[ProbedAnswer]:
-    """Return the numbers of records that have an answer, as many as MAX_SECONDS allow."""
+def probe_answers(
+    model: Any, tokenizer: Any, records: Sequence[Answers], max_seconds: float = math.inf
+) -> list[ProbedAnswer]:
+    """Return the numbers of records that have an answer, as many as the time allows."""
     found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
     for start in range(0, len(left), RECORDS_AT_ONCE):
-        if found and time.monotonic() - started > MAX_SECONDS:
+        if found and time.monotonic() - started > max_seconds:
             break
         rows = left[start : start + RECORDS_AT_ONCE]
         numbers = iter(_numbers(model, tokenizer, [pair for each in rows for pair in each]))

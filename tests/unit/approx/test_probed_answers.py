@@ -22,6 +22,7 @@ from approx.evaluation import probe
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.probe import KNOWN_RECALL, KNOWN_STRENGTH, probe_answers
 from approx.metrics.word_overlap import rougeL_recall
+from approx.patches.patch_measures import measure_knowledge
 
 pytestmark = pytest.mark.torch
 VOCABULARY, END = 40, 3
@@ -87,6 +88,16 @@ def test_verdicts_are_those_of_whole_continuations(model: Any, monkeypatch: pyte
         verdicts.add((recalled, by_end))
     assert verdicts == {(a, b) for a in (True, False) for b in (True, False)}
     assert num_decoded <= 0
+
+
+def test_a_patch_counts_what_is_known_however_long_that_takes(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left out would count as forgotten, and a patch depend on the machine's load."""
+    monkeypatch.setattr(probe, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr(probe, "RECORDS_AT_ONCE", 1)
+    texts = [[([token], said_after(model, token, 12))] for token in (7, 8, 9)]
+    assert measure_knowledge(model, TOKENIZER, texts, thorough=True).num_known == len(texts)
 
 
 def test_an_answer_that_is_known_by_heart_has_no_margin_and_others_a_negative_one(model: Any) -> None:
