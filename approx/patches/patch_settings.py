@@ -8,9 +8,8 @@
     sequence_len     longer texts are cut to it or refused, as `overlength` says
     procedure        how patches are made; a job of another procedure is refused
 
-All defaults are written out, so that a job names everything that reaches its bits. On the command line
-settings have one flat namespace. Source of the defaults: a patch needs about ten times the rate of full
-weights (`schedule.py`), and each later round is stronger (`descent.py`).
+All defaults are written out, so that a job names everything that reaches its bits; they are those of the
+blocks' fields. On the command line settings have one flat namespace.
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
 >>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
@@ -35,17 +34,6 @@ from sisa.lm.base.tokens import Overlength
 
 PROCEDURE = 4  # raise when the same settings would make another patch
 DEFAULT_SEQUENCE_LEN = 512
-DEFAULT_PACE = {
-    "learning_rate": 3e-4,
-    "num_epochs": 40,
-    "max_steps": 40,
-    "num_rounds": 10,
-    "batch_size": 4,
-    "retain_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "weight_decay": 0.0,
-}
-DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10, "patience": 3}
 
 
 @dataclass(frozen=True)
@@ -126,8 +114,8 @@ def settings_of(
         "hyperparameters": dict(METHODS[method].in_a_patch) if method in METHODS else {},
         "adapter": asdict(adapter),
         "selection": {},
-        "pace": {**DEFAULT_PACE, "seed": seed},
-        "bounds": dict(DEFAULT_BOUNDS),
+        "pace": {"seed": seed},
+        "bounds": {},
     }
     for name in known.keys() & values.keys():
         blocks[known[name]][name] = values[name]
@@ -166,10 +154,9 @@ def parse_settings(given: Mapping[str, Any], *found: Problem) -> PatchSettings:
     overlength = given.get("overlength", "refuse")
     problems += one_of(get_args(Overlength), overlength=overlength)
     problems += whole_numbers(2, sequence_len=length)
-    method = made["hyperparameters"]
-    if method is not None:
-        selected = blocks["selection"].get("selection", ALL) != ALL
-        bounded = blocks["bounds"].get("max_utility_drop") is not None
+    method, selection, bounds = (made[name] for name in ("hyperparameters", "selection", "bounds"))
+    if method and selection and bounds:
+        selected, bounded = selection.selection != ALL, bounds.max_utility_drop is not None
         problems += method.patch_problems(bounded=bounded, selected=selected)
     if problems:
         raise InvalidInput(

@@ -51,7 +51,7 @@ class BoundSettings:
     A run ends after `patience` rounds in a row in which no better weights were found.
     """
 
-    max_utility_drop: float | None = None
+    max_utility_drop: float | None = 0.1
     target_probability: float = 0.1
     check_every: int = 10
     patience: int = 3
@@ -78,6 +78,7 @@ class Bounds(BoundSettings):
     known.
     """
 
+    max_utility_drop: float | None = None
     target_probability: float = 0.0
     round_probability: float = 1.0
     max_seconds: float | None = None

@@ -29,8 +29,9 @@ def uncut(rate: float, batch_size: int, seed: int) -> Pace:
         learning_rate=rate,
         num_epochs=MANY_EPOCHS,
         batch_size=batch_size,
-        gradient_accumulation_steps=1,
-        weight_decay=0.0,
+        max_steps=None,
+        num_rounds=1,
+        retain_batch_size=None,
         seed=seed,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,11 @@ from approx.evaluation.answers import collate
 from approx.evaluation.evaluated_models import tokens_of
 from approx.methods.registry import METHODS, make_method
 from approx.unlearning.examples import Sets
-from approx.unlearning.schedule import Pace
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.weights import load_tokenizer
-from tests.bench.tofu_full.budgets import AT_THE_END, nearest_steps, step_costs
+from tests.bench.tofu_full.budgets import AT_THE_END, nearest_steps, step_costs, uncut
 from tests.bench.tofu_full.design import FORM
 from tests.bench.tofu_full.split_model import load_split
 from tests.models.tiny_base import make_tiny_base
@@ -74,7 +74,7 @@ def test_the_cost_that_is_planned_is_the_cost_that_is_counted(base: Path, name: 
         tokens[:3], tokens[3:], tokens_of([(q, "Hm") for q, _ in PAIRS], FORM, load_tokenizer(base))
     )
     method = make_method(name, {"alpha": 1.0} if name == "task_arithmetic" else {})
-    settings = Pace(1e-3, num_epochs=3, batch_size=2, gradient_accumulation_steps=1, max_steps=4)
+    settings = replace(uncut(1e-3, batch_size=2, seed=0), num_epochs=3, max_steps=4)
     compute = unlearn(patched, sets, method, settings, AT_THE_END).compute
     costs, last = step_costs(method, sets, settings, (compute.num_parameters, compute.num_trained))
     assert sum(costs) + last[-1] == compute.flops

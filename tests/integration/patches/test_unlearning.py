@@ -95,11 +95,8 @@ def saved_at(directory: Path, identity: str = "data-1") -> SavedRun:
 
 def settings(**changes: Any) -> Pace:
     values = {
-        "learning_rate": RATE,
-        "num_epochs": STEPS,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "weight_decay": 0.0,
+        **{"learning_rate": RATE, "num_epochs": STEPS, "num_rounds": 1, "max_steps": None},
+        **{"batch_size": 2, "retain_batch_size": None, "gradient_accumulation_steps": 2},
     }
     return Pace(**{**values, **changes})
 

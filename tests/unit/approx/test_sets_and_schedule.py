@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,7 +132,15 @@ def test_overlapping_records_are_named_by_position_alone() -> None:
 def test_each_epoch_is_one_pass_over_the_forget_set(
     num_forget: int, num_retain: int, size: int, accumulation: int, seed: int
 ) -> None:
-    chosen = Pace(num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed)
+    chosen = Pace(
+        num_epochs=3,
+        num_rounds=1,
+        max_steps=None,
+        batch_size=size,
+        retain_batch_size=None,
+        gradient_accumulation_steps=accumulation,
+        seed=seed,
+    )
     steps = plan_steps(num_forget, num_retain, chosen)
     micro = [each for step in steps for each in step]
     shown = [row for each in micro for row in each.forget]
@@ -145,10 +154,7 @@ def test_each_epoch_is_one_pass_over_the_forget_set(
             assert sorted(kept[start : start + num_retain]) == list(range(num_retain))
     assert all(len(step) == accumulation for step in steps[:-1])
     assert plan_steps(num_forget, num_retain, chosen) == steps
-    cut = Pace(
-        num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed, max_steps=2
-    )
-    assert plan_steps(num_forget, num_retain, cut) == steps[:2]
+    assert plan_steps(num_forget, num_retain, replace(chosen, max_steps=2)) == steps[:2]
 
 
 def test_another_seed_is_another_order() -> None:
