@@ -12,8 +12,8 @@ the first answer alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from approx.attacks.attack import Attack, AttackSets, Curve
@@ -31,10 +31,9 @@ class PrefixInjection(Attack):
     """Answers that begin with each of the prefixes."""
 
     name: ClassVar[str] = "prefix_injection"
-    prefixes: Mapping[str, str] = field(default_factory=lambda: PREFIXES)
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
-        ids = {name: encode_plain(each, sets.tokenizer) for name, each in self.prefixes.items()}
+        ids = {name: encode_plain(each, sets.tokenizer) for name, each in PREFIXES.items()}
         made = [
             (name, sets.cut([with_prefix(each, prefix)]))
             for each in sets.examples("asked")

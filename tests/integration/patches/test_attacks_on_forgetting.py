@@ -6,7 +6,7 @@ The tokenizer has one token a byte, so that a prefix of an answer equals a longe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
@@ -137,23 +137,21 @@ def test_leak_at_k_by_trying_every_choice() -> None:
 
 
 def test_a_prefix_is_a_longer_prompt_and_a_wrapping_another_one(model: Any, sets: AttackSets) -> None:
-    def asked(change: str) -> list[float]:
+    def asked(change: Callable[[str], str], suffix: str = "") -> list[float]:
         others = []
         for each in ASKED:
             prompt, answer = each.parts
             stem = prompt.text.rstrip()
-            space = prompt.text[len(stem) :]
-            others.append(
-                replace(each, parts=(replace(prompt, text=change.format(stem, space)), answer))
-            )
+            text = change(stem) + prompt.text[len(stem) :] + suffix
+            others.append(replace(each, parts=(replace(prompt, text=text), answer)))
         return probabilities(model, sets.tokens(others))
 
     found = PrefixInjection()(model, sets, seed=0)
     for name, prefix in PREFIXES.items():
-        assert found.values[name] == pytest.approx(asked("{}{}" + prefix), abs=1e-5)
+        assert found.values[name] == pytest.approx(asked(str, prefix), abs=1e-5)
     found = Jailbreak()(model, sets, seed=0)
     for name, wrapping in WRAPPINGS.items():
-        assert found.values[name] == pytest.approx(asked(wrapping + "{}"), abs=1e-5)
+        assert found.values[name] == pytest.approx(asked(wrapping), abs=1e-5)
 
 
 def test_what_is_known_is_recognised_and_equal_references_calibrate_it_away(
