@@ -8,9 +8,8 @@ is refused, or cut with `overlength: truncate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from approx.methods.method import Method
@@ -18,28 +17,6 @@ from approx.unlearning.examples import too_short
 from sisa.core.domain import Record, normalised
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength, Tokens, tokenize_all
-
-
-def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
-    """Raise InvalidInput with every forget record that is also in the retain set, by id or by text."""
-    ids = {each.id: number for number, each in enumerate(retain, 1)}
-    texts = {normalised(each.text): number for number, each in enumerate(retain, 1)}
-    problems = []
-    for number, each in enumerate(forget, 1):
-        other, what = ids.get(each.id), "id"
-        if other is None:
-            other, what = texts.get(normalised(each.text)), "text"
-        if other is not None:
-            problems.append(
-                Problem(f"forget record {number}", f"has the {what} of retain record {other}")
-            )
-    if problems:
-        raise InvalidInput(
-            f"{len(problems)} records are to be both forgotten and kept",
-            expected="no record in both sets",
-            next_step="take them out of the retain set",
-            problems=problems,
-        )
 
 
 @dataclass(frozen=True)
@@ -88,9 +65,8 @@ def text_problems(
             yield Problem(role, "no records")
         elif records:
             least = method.min_answer_tokens if method is not None and role == "forget" else 1
-            yield from _problems_of(partial(_check_records, records, role, tokenizer, limits, least))
-    if retain:
-        yield from _problems_of(partial(check_disjoint, forget, retain))
+            yield from _record_problems(records, role, tokenizer, limits, least)
+    yield from overlaps(forget, retain or ())
     if method is not None and "preferred" in method.reads and method.prefers != "generic labels":
         yield from (
             Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")
@@ -99,25 +75,28 @@ def text_problems(
         )
 
 
-def _check_records(
+def _record_problems(
     records: Sequence[Record], role: str, tokenizer: Any, limits: Limits, least: int
-) -> None:
-    tokens = tokenize_records(records, role, tokenizer, limits)
-    short = [
-        Problem(f"{role} record {number}", too_short(each.num_labels, least))
-        for number, each in enumerate(tokens, 1)
-        if each.num_labels < least
-    ]
-    if short:
-        raise InvalidInput("answers are too short for the method", problems=short)
-
-
-def _problems_of(check: Callable[[], object]) -> tuple[Problem, ...]:
+) -> Iterator[Problem]:
     try:
-        check()
+        tokens = tokenize_records(records, role, tokenizer, limits)
     except InvalidInput as error:
-        return error.as_problems("texts")
-    return ()
+        yield from error.problems
+        return
+    for number, each in enumerate(tokens, 1):
+        if each.num_labels < least:
+            yield Problem(f"{role} record {number}", too_short(each.num_labels, least))
+
+
+def overlaps(forget: Sequence[Record], retain: Sequence[Record]) -> Iterator[Problem]:
+    """Yield a problem for each forget record that is also in the retain set, by id or by text."""
+    ids = {each.id: number for number, each in enumerate(retain, 1)}
+    texts = {normalised(each.text): number for number, each in enumerate(retain, 1)}
+    for number, each in enumerate(forget, 1):
+        if (other := ids.get(each.id)) is not None:
+            yield Problem(f"forget record {number}", f"has the id of retain record {other}")
+        elif (other := texts.get(normalised(each.text))) is not None:
+            yield Problem(f"forget record {number}", f"has the text of retain record {other}")
 
 
 def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
