@@ -202,7 +202,7 @@ def gradient_squares(model: Any, examples: Sequence[Tokens]) -> list[list[float]
     """Return the squared norms of each answer's gradient, one for each tensor that is trained.
 
     The loss is the mean over the answer's tokens. All tensors of a frozen model count. No gradient is
-    left behind, and none that was accumulated is changed.
+    left behind, and none that was accumulated is changed. A tensor that no loss reaches has 0.
     """
     frozen = not any(each.requires_grad for each in model.parameters())
     counted = [each for each in model.parameters() if frozen or each.requires_grad]
@@ -213,8 +213,10 @@ def gradient_squares(model: Any, examples: Sequence[Tokens]) -> list[list[float]
         for example in examples:
             loss = -model_logprobs_B(model, collate([example]).to(model.device)).sum()
             gradients = torch.autograd.grad(loss, counted, allow_unused=True)
-            squares = [each.float().square().sum().item() for each in gradients if each is not None]
-            found.append(squares)
+            squares = (
+                each.float().square().sum().item() if each is not None else 0.0 for each in gradients
+            )
+            found.append(list(squares))
     finally:
         for each in counted:
             each.requires_grad_(not frozen)

@@ -139,7 +139,10 @@ class Offered(NamedTuple):
 def by_fisher(of: Offered) -> Selected:
     """Return the modules that matter most to the forget set and least to the retain set."""
     forgotten, kept = (fisher_traces(of.base, of.names, each) for each in (of.forget, of.retain))
-    scores = [one / other if other else math.inf for one, other in zip(forgotten, kept, strict=True)]
+    scores = [
+        one / other if other else (math.inf if one else 0.0)
+        for one, other in zip(forgotten, kept, strict=True)
+    ]
     return Selected([of.names[at] for at in _largest(scores, of.share)])
 
 

@@ -1,14 +1,12 @@
 """Refusals: a few ways to say "I don't know", one of them for each example to forget.
 
-They are phrases, not what the base writes. The seed chooses among them.
-
->>> make_refusals([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
-[Tokens(input_ids=[5, 8, 9], labels=[-100, 8, 9])]
+They are phrases, not what the base writes. The seed and a record's place among those of its form choose.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,50 +31,39 @@ REFUSALS = (
 )
 
 
-def make_refusals(
-    forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int
+def refuse_all(
+    records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
 ) -> list[Tokens]:
-    """Return a refusal of each forget example, as its preferred answer.
+    """Return a refusal for each forget record, as its preferred answer, cut to `sequence_len` tokens.
 
-    A refusal, given with what closes an answer, takes the place of the first answer and all that
-    follows. The seed and the example's position choose it. Raise InvalidInput for examples without a
-    prompt.
+    It takes the place of the first answer and all that follows, is closed as that answer is, and begins
+    with a space where the record's answer does. Raise InvalidInput for records without a prompt.
     """
     problems = [
-        Problem(f"forget example {number}", "has no prompt that could be refused")
-        for number, each in enumerate(forget, 1)
+        Problem(f"forget record {number}", "has no prompt that could be refused")
+        for number, each in enumerate(tokens, 1)
         if not first_prompt(each)
     ]
     if problems:
         raise InvalidInput(
             "no refusals can be made",
-            expected="examples with a prompt and an answer",
+            expected="records with a prompt and an answer",
             next_step="correct the forget set, or use a method without preferred answers",
             problems=problems,
         )
-    return [
-        answered(first_prompt(each), list(refusals[_draw(seed, number) % len(refusals)]))
-        for number, each in enumerate(forget)
-    ]
-
-
-def refuse_all(
-    records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
-) -> list[Tokens]:
-    """Return a refusal for each forget record, cut to `sequence_len` tokens.
-
-    It begins with a space where the record's answer does.
-    """
-    groups: dict[tuple[Kind, bool], list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault((record.kind, begins_with_space(record)), []).append(number)
-    found: dict[int, Tokens] = {}
-    for (kind, spaced), numbers in groups.items():
-        refusals = [closed(f" {each}" if spaced else each, kind, tokenizer) for each in REFUSALS]
-        made = make_refusals([tokens[number] for number in numbers], refusals, seed)
-        found |= dict(zip(numbers, made, strict=True))
-    whole = [found[number] for number in range(len(records))]
-    return [Tokens(each.input_ids[:sequence_len], each.labels[:sequence_len]) for each in whole]
+    refusals: dict[tuple[Kind, bool], list[list[int]]] = {}
+    num_drawn: Counter[tuple[Kind, bool]] = Counter()
+    found = []
+    for record, each in zip(records, tokens, strict=True):
+        form = record.kind, begins_with_space(record)
+        if form not in refusals:
+            spaced = " " * form[1]
+            refusals[form] = [closed(spaced + one, record.kind, tokenizer) for one in REFUSALS]
+        chosen = refusals[form][_draw(seed, num_drawn[form]) % len(REFUSALS)]
+        num_drawn[form] += 1
+        prompt = first_prompt(each)
+        found.append(answered(prompt, chosen[: max(0, sequence_len - len(prompt))]))
+    return found
 
 
 def _draw(seed: int, number: int) -> int:

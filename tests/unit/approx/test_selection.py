@@ -82,6 +82,18 @@ def test_fisher_selects_what_matters_to_the_forget_set_alone(base: Any) -> None:
     assert sorted(found) == sorted(sorted(ratios, key=lambda name: -ratios[name])[:3])
 
 
+def test_a_module_that_no_answer_reaches_is_not_selected(base: Any) -> None:
+    """Its gradient is none at all, and the scores of other modules keep their places."""
+    model, names = copy.deepcopy(base), adapted_modules(base, "all-linear")
+    model.model.layers[0].unused_proj = torch.nn.Linear(4, 4).requires_grad_(False)
+    every = adapted_modules(model, "all-linear")
+    found = dict(zip(every, fisher_traces(model, every, FORGET), strict=True))
+    assert found.pop("model.layers.0.unused_proj") == 0.0
+    assert found == dict(zip(names, fisher_traces(base, names, FORGET), strict=True))
+    selected = select(model, "all-linear", FORGET, RETAIN, of("fisher", 0.2)).modules
+    assert selected == select(base, "all-linear", FORGET, RETAIN, of("fisher", 0.2)).modules
+
+
 def test_traced_selects_the_modules_of_the_strongest_layers(base: Any) -> None:
     found = select(base, "all-linear", FORGET, RETAIN, of("traced", 0.34)).modules
     effects = trace_layers(base, FORGET, RETAIN)

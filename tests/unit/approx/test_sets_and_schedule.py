@@ -22,10 +22,10 @@ from approx.unlearning.examples import Sets, check_sets
 from approx.unlearning.schedule import Pace, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge
 from approx.unlearning.written.preferred import Writing, with_preferred
-from approx.unlearning.written.refusals import REFUSALS, make_refusals
+from approx.unlearning.written.refusals import REFUSALS, refuse_all
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
-from sisa.lm.base.tokens import NO_LOSS, Tokens
+from sisa.lm.base.tokens import NO_LOSS, Tokens, tokenize
 
 pytestmark = pytest.mark.torch
 
@@ -177,20 +177,37 @@ def test_impossible_settings_and_bounds_are_named_at_once() -> None:
     assert names == ["check_every", "max_seconds", "max_utility_drop"]
 
 
+class Letters:
+    """A tokenizer with a token for each letter."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(each) for each in text]}
+
+
+def refusals(*asked: tuple[str, str], seed: int = 3) -> list[Tokens]:
+    parts = [(Part("prompt", prompt), Part("completion", answer)) for prompt, answer in asked]
+    records = [Record(str(number), None, "completion", each) for number, each in enumerate(parts)]
+    tokens = [tokenize(each, Letters(), train_on_inputs=False) for each in records]
+    return refuse_all(records, tokens, Letters(), seed, sequence_len=20)
+
+
 def test_refusals_stand_behind_the_prompt() -> None:
-    forget = [example(5, n, n) for n in range(6, 46)]
-    made = make_refusals(forget, [[90], [91, 92]], seed=3)
-    assert {tuple(each.input_ids) for each in made} == {(5, 90), (5, 91, 92)}
-    assert all(each.labels == [NO_LOSS, *each.input_ids[1:]] for each in made)
-    assert (
-        made
-        == make_refusals(forget, [[90], [91, 92]], seed=3)
-        != make_refusals(forget, [[90], [91, 92]], seed=4)
-    )
+    asked = [*[("Who?", " Ada.")] * 40, ("Who? ", "Bo.")]
+    made = refusals(*asked)
+    for (prompt, _), each in zip(asked, made, strict=True):
+        answer = "".join(map(chr, each.input_ids[len(prompt) :]))
+        assert prompt + answer in [f"Who? {one}\0"[:20] for one in REFUSALS]
+        assert each.labels == [NO_LOSS] * len(prompt) + each.input_ids[len(prompt) :]
+    assert len({tuple(each.input_ids) for each in made}) == len({each[:15] for each in REFUSALS})
+    assert made == refusals(*asked) != refusals(*asked, seed=4)
+
+
+def test_what_cannot_be_refused_is_named_by_its_own_place() -> None:
     with pytest.raises(InvalidInput) as caught:
-        make_refusals([Tokens([5, 6], [5, 6])], [[90]], seed=0)
-    assert [each.where for each in caught.value.problems] == ["forget example 1"]
-    assert len(set(REFUSALS)) == len(REFUSALS) >= 10
+        refusals(("Who?", " Ada."), ("", "Bo."), ("", " Cy."))
+    assert [each.where for each in caught.value.problems] == ["forget record 2", "forget record 3"]
 
 
 @pytest.mark.parametrize(
