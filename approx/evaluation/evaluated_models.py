@@ -214,7 +214,7 @@ class DeletionReadyModel:
 TEMPLATE_TOKENS = 256  # that a form may add to the bytes of a question and an answer
 
 
-def check_fits(
+def check_readable(
     model: HuggingFaceModel | DeletionReadyModel, questions: Sequence[Question], asking: Asking
 ) -> None:
     """Check that a model can read each question with its answers, before any is asked.

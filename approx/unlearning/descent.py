@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate
-from approx.unlearning.schedule import MicroBatch, Step, learning_rate_at, plan_steps
+from approx.unlearning.schedule import PlannedBatch, Step, learning_rate_at, plan_steps
 from approx.unlearning.stopping import End, Ending, Knowledge, StepLog
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.errors import InvalidInput
@@ -219,7 +219,7 @@ class Descent:
         self._now.why = f"{what} was not finite at step {self._now.step + 1}"
         return False
 
-    def _losses(self, micro: MicroBatch, *, trained: bool) -> Losses:
+    def _losses(self, micro: PlannedBatch, *, trained: bool) -> Losses:
         rows = {}
         for role in sorted(self.method.reads):
             examples = self._examples(role)

@@ -8,7 +8,7 @@ their forget rows.
 
 >>> few = {"num_epochs": 1, "num_rounds": 1, "batch_size": 2, "retain_batch_size": None}
 >>> plan_steps(3, 2, Pace(**few, gradient_accumulation_steps=2))
-((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
+((PlannedBatch(forget=(2, 0), retain=(0, 1)), PlannedBatch(forget=(1,), retain=(1,))),)
 
 Source of the defaults: clipping at 1 and linear decay as in the trainer of transformers. A patch needs
 more than ten times the rate of open-unlearning's reproduction of TOFU (1e-5 on full weights), and each
@@ -68,14 +68,14 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class PlannedBatch:
     """Positions in the forget set (and its preferred answers) and in the retain set."""
 
     forget: tuple[int, ...]
     retain: tuple[int, ...]
 
 
-Step = tuple[MicroBatch, ...]
+Step = tuple[PlannedBatch, ...]
 
 
 def plan_steps(num_forget: int, num_retain: int, pace: Pace) -> tuple[Step, ...]:
@@ -85,13 +85,13 @@ def plan_steps(num_forget: int, num_retain: int, pace: Pace) -> tuple[Step, ...]
 
 
 def _plan_round(num_forget: int, kept: Iterator[int], number: int, pace: Pace) -> list[Step]:
-    micro: list[MicroBatch] = []
+    micro: list[PlannedBatch] = []
     for epoch in range(number * pace.num_epochs, (number + 1) * pace.num_epochs):
         order = _order(num_forget, pace.seed, "forget", epoch)
         for start in range(0, num_forget, pace.batch_size):
             rows = tuple(order[start : start + pace.batch_size])
             beside = pace.retain_batch_size or len(rows)
-            micro.append(MicroBatch(rows, tuple(islice(kept, beside))))
+            micro.append(PlannedBatch(rows, tuple(islice(kept, beside))))
     size = pace.gradient_accumulation_steps
     return [tuple(micro[at : at + size]) for at in range(0, len(micro), size)][: pace.max_steps]
 

@@ -45,14 +45,14 @@ class EvaluationTask:
 
 
 def evaluate_task(task: EvaluationTask, report: Report) -> FinishedLog:
-    """Evaluate one model in this process. Raise as `open_evaluated`, `check_fits` and `evaluate`."""
+    """Evaluate one model in this process. Raise as `open_evaluated`, `check_readable` and `evaluate`."""
     from approx.evaluation.asking import Asking, FinishedLog, evaluate, header_of, log_name
-    from approx.evaluation.evaluated_models import check_fits, open_evaluated
+    from approx.evaluation.evaluated_models import check_readable, open_evaluated
     from approx.evaluation.questions import PromptForm
 
     model = open_evaluated(task.spec, task.device, task.dtype)
     settings = Asking(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
-    check_fits(model, task.questions, settings)
+    check_readable(model, task.questions, settings)
     header = header_of(model, task.questions, settings, task.benchmark)
     log = task.out / log_name(model, task.name, header)
     last = time.monotonic()
