@@ -21,7 +21,7 @@ Shapes: Q requests, P rows (a constituent of a request), V words.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -189,13 +189,18 @@ class ContinuousBatching:
         dropped = {each for each, shards in self._former.items() if not shards.isdisjoint(tainted)}
         if self.answerer.stack.num_shared != shared:  # keys and values are laid out anew
             dropped = {adapter for each in self._running for adapter in each.adapters}
-        places = [at for at, each in enumerate(self._running) if not dropped.isdisjoint(each.adapters)]
-        cut = [self._running[at].key for at in places]
-        self._leave(places)
+        cut = self._cut(lambda each: not dropped.isdisjoint(each.adapters))
         lost = {shard for shard, files in to.items() if files is None or shard in tainted}
         cut += [each.key for each in self._waiting if not lost.isdisjoint(each.route.shards)]
         self._waiting = [each for each in self._waiting if lost.isdisjoint(each.route.shards)]
         return cut
+
+    def _cut(self, is_cut: Callable[[_Request], bool]) -> list[Key]:
+        """Remove running requests; return their keys."""
+        places = [place for place, each in enumerate(self._running) if is_cut(each)]
+        keys = [self._running[place].key for place in places]
+        self._leave(places)
+        return keys
 
     def _next(self) -> list[_Request]:
         """Take the waiting requests that join now, in their order."""
