@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage, local_root
+from sisa.audit.garbage import KEPT_FILES, STRAY, list_garbage
 from sisa.config.config import RunConfig
 from sisa.config.fields import is_uri
 from sisa.core.checkpoint_files import MANIFEST_FILE
@@ -41,6 +41,7 @@ from sisa.planning.plan import gaps
 from sisa.store import areas
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.store.blobs.local_blobs import local_root
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import open_journaled
 from sisa.store.checkpoints import parse_manifest

@@ -41,7 +41,7 @@ from sisa.flows.wiring.model_directory import ModelDirectory
 from sisa.flows.wiring.upper_houses import SERVICE, SERVICE_STATE, TOKENS
 from sisa.store import areas
 from sisa.store.blobs import files
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.local_blobs import LocalBlobs, local_root
 from sisa.store.blobs.sealed_area import SealedArea
 from sisa.store.blobs.sqlite_files import SQLITE_FILES
 from sisa.store.checkpoints import parse_manifest
@@ -130,11 +130,6 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
         elif blobs.held():
             found.append((Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True), blobs.clear))
     return found + _orphaned_keys(context, known)
-
-
-def local_root(blobs: BlobStore) -> Path | None:
-    """Return the directory of a blob store; None for an object store."""
-    return blobs.root if isinstance(blobs, LocalBlobs) else None
 
 
 def _garbage_in_area(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sisa.audit.foreign_files import SealedFiles, Shredded, Unreadable, parquet_ids
-from sisa.audit.garbage import local_root
 from sisa.audit.search_strings import SearchStrings, is_short
 from sisa.flows.context.context import Context
 from sisa.store.blobs.files import walk
+from sisa.store.blobs.local_blobs import local_root
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ from sisa.audit.foreign_files import (
     parquet_ids,
     vector_ids,
 )
-from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, list_garbage, local_root, undisturbed
+from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, list_garbage, undisturbed
 from sisa.audit.lineage import NO_FAULT, FilesMatch, GroupJudge, Verdict
 from sisa.audit.own_files import resolved
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
@@ -68,6 +68,7 @@ from sisa.lm.base.model_cache import cache_dir
 from sisa.store.areas import CHECKPOINTS, INDEX, LOG, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.files import walk
 from sisa.store.blobs.keyring import is_sealed
+from sisa.store.blobs.local_blobs import local_root
 from sisa.store.blobs.sqlite_files import read_beside
 from sisa.store.blobs.temporary_directories import DIRECTORY_PREFIX
 from sisa.store.metrics import STAGE_DIGITS, parse_lines, without_losses

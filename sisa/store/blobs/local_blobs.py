@@ -86,3 +86,8 @@ class LocalBlobs:
 def absolute(blobs: BlobStore) -> BlobStore:
     """Return the same store for a process in another working directory."""
     return replace(blobs, root=blobs.root.absolute()) if isinstance(blobs, LocalBlobs) else blobs
+
+
+def local_root(blobs: BlobStore) -> Path | None:
+    """Return the directory of a blob store; None for an object store."""
+    return blobs.root if isinstance(blobs, LocalBlobs) else None
