@@ -190,9 +190,7 @@ class SqlLedger(Database):
                 EVENTS_TABLE.c.position > after,
                 order=[EVENTS_TABLE.c.position],
             )
-            rows.check_row_count(
-                EVENTS_TABLE, rows.expected_rows(connection, EVENTS_TABLE), after + len(found)
-            )
+            rows.check_complete(connection, EVENTS_TABLE, after + len(found))
         return as_objects(RequestEvent, EVENTS_TABLE, found)
 
     def exports(self) -> list[Export]:
@@ -232,9 +230,7 @@ class SqlLedger(Database):
     def num_tombstones(self) -> int:
         with self._reading() as connection:
             found = rows.actual_rows(connection, TOMBSTONES_TABLE)
-            rows.check_row_count(
-                TOMBSTONES_TABLE, rows.expected_rows(connection, TOMBSTONES_TABLE), found
-            )
+            rows.check_complete(connection, TOMBSTONES_TABLE, found)
         return found
 
     def tombstones(self) -> list[Tombstone]:
@@ -243,7 +239,7 @@ class SqlLedger(Database):
     def event_head(self) -> WitnessHead:
         with self._reading() as connection:
             position, link = _last_event(connection)
-            rows.check_row_count(EVENTS_TABLE, rows.expected_rows(connection, EVENTS_TABLE), position)
+            rows.check_complete(connection, EVENTS_TABLE, position)
         return WitnessHead(link, position)
 
     def has_event(self, link: str) -> bool:

@@ -152,6 +152,17 @@ def expected_rows(
     return _counts_of(connection, table.name, **only).total()
 
 
+def check_complete(
+    connection: sa.Connection,
+    table: sa.Table,
+    got: int,
+    shard: int | None = None,
+    slice_: int | None = None,
+) -> None:
+    """Raise Damaged unless a table, a shard or a slice should have `got` rows."""
+    check_row_count(table, expected_rows(connection, table, shard, slice_), got)
+
+
 def read_all(
     connection: sa.Connection,
     table: sa.Table,
@@ -163,7 +174,7 @@ def read_all(
     where = [] if shard is None else [table.c.shard == shard]
     where += [] if slice_ is None else [table.c.slice == slice_]
     found = read(connection, table, *where, order=order)
-    check_row_count(table, expected_rows(connection, table, shard, slice_), len(found))
+    check_complete(connection, table, len(found), shard, slice_)
     return found
 
 
@@ -274,7 +285,7 @@ def _scan(
         while rows := checked_rows(table, cursor.fetchmany(_BLOCK_ROWS)):
             total += len(rows)
             yield from rows
-    check_row_count(table, expected_rows(connection, table, shard), total)
+    check_complete(connection, table, total, shard)
 
 
 def _count_matching(
