@@ -50,7 +50,7 @@ def kept(event: Event) -> dict[str, Any]:
 
 
 class FakeMetrics:
-    """A MetricsStore whose lines can be inspected."""
+    """A Metrics whose lines can be inspected."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
