@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sisa.audit.clean_process import replay_store, stages_apart
 from sisa.audit.garbage import undisturbed
-from sisa.audit.replay import replay_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
 from sisa.core.domain import ExportForm, Kind, Record, WitnessHead
 from sisa.core.errors import Busy, InvalidInput

@@ -1,6 +1,7 @@
 """Look at a model from outside.
 
-verify            every held byte is the recorded one; a replay trains shards again (`replay`)
+verify            every held byte is the recorded one; a replay trains shards again
+clean_process     trains stages again, each in a process that has trained nothing before
 doctor            what is wrong in a model directory, by `findings`; `repair` mends it
 garbage           retired and unknown files, listed and removed
 residue           traces of deleted records, anywhere; `foreign_files` and `search_strings` read files

@@ -21,8 +21,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sisa.audit.clean_process import Apart
 from sisa.audit.findings import checks, forms, wrong_heads
-from sisa.audit.replay import Apart
 from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, WitnessHead
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice

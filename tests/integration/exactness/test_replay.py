@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from sisa.audit.replay import SERVE, StageRequest, clean_process
+from sisa.audit.clean_process import SERVE, StageRequest, clean_process
 from sisa.lm.base.numerics import worker_environment
 from tests.models.tiny_model import Tiny
 
 NOWHERE = StageRequest("/nonexistent", "scratch", 0, "key")
 HANGING = (
-    "import time; from sisa.audit import replay; replay.IMPORTS = ()\n"
-    "replay.open_as_it_is = lambda *_, **__: time.sleep(60)\n"
+    "import time; from sisa.audit import clean_process as clean; clean.IMPORTS = ()\n"
+    "clean.open_as_it_is = lambda *_, **__: time.sleep(60)\n"
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.maintenance import verified
-from sisa.audit.replay import Apart, train_stage
+from sisa.audit.clean_process import Apart, train_stage
 from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob

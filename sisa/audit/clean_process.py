@@ -41,7 +41,7 @@ from sisa.store.areas import REPLAYS
 from sisa.store.checkpoints import FileCheckpoints
 
 IMPORTS = ("sisa.lm.train.trainer", "pyarrow.dataset")
-SERVE = "from sisa.audit.replay import serve; serve()"
+SERVE = "from sisa.audit.clean_process import serve; serve()"
 READ_LATE = ("PYTEST_CURRENT_TEST", "XDG_STATE_HOME")  # read when a model is opened, not by an import
 PR_SET_PDEATHSIG = 1  # from prctl.h
 REPLY_BYTES = 4096
