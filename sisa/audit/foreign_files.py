@@ -9,7 +9,7 @@ whether a file may be parsed at all (`residue.py`).
 ...     path = Path(folder) / "rows.jsonl"
 ...     _ = path.write_text('{"id": "r1"}\\n{"id": 7}\\nno JSON\\n')
 ...     list(json_ids(path))
-['r1', '7', None]
+[('r1',), ('7',), ()]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from sisa.store import areas
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 from sisa.store.blobs.sqlite_files import read_beside
 
+Ids = tuple[str, ...]  # of a row; several if several columns may hold its id
+OWN_ID = ("id",)  # the column in files of a model
 BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 
 
@@ -72,33 +74,40 @@ class SealedFiles:
         return file_sha256(path) if found is None else sha256_hex(found)
 
 
-def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
-    """Yield the id of each row, or None. Raise Unreadable for no Parquet, or without a column `id`."""
+def parquet_ids(source: Path | io.BytesIO, columns: Sequence[str] = OWN_ID) -> Iterator[Ids]:
+    """Yield the ids of each row. Raise Unreadable for no Parquet, or without any of the columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(source) as file:
-            if "id" not in file.schema_arrow.names:
+            held = [each for each in columns if each in file.schema_arrow.names]
+            if not held:
                 raise Unreadable
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):
-                yield from (None if each is None else str(each) for each in batch.column(0).to_pylist())
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=held):
+                for row in zip(*(each.to_pylist() for each in batch.columns), strict=True):
+                    yield tuple(str(each) for each in row if each is not None)
     except (pa.ArrowException, OSError) as error:
         raise Unreadable from error
 
 
-def json_ids(path: Path) -> Iterator[str | None]:
-    """Yield the id of each line of a JSON Lines file; None for a line without an object with an id."""
+def json_ids(path: Path, columns: Sequence[str] = OWN_ID) -> Iterator[Ids]:
+    """Yield the ids of each line of a JSON Lines file; none for a line without an object with an id."""
     with path.open("rb") as file:
         for line in file:
             try:
                 value: Any = json.loads(line)
-                found = value.get("id") if isinstance(value, dict) else None
-                if isinstance(found, int) and not isinstance(found, bool):
-                    found = str(found)  # as records are read
-                yield found if isinstance(found, str) and found.encode() else None
-            except (ValueError, RecursionError):  # not JSON, or an id that is not text
-                yield None
+            except (ValueError, RecursionError):  # not JSON
+                value = None
+            found = [value.get(each) for each in columns] if isinstance(value, dict) else []
+            yield tuple(str(each) for each in found if _is_id(each))
+
+
+def _is_id(value: Any) -> bool:
+    """Return whether a JSON value may be an id: a whole number, or a string without lone surrogates."""
+    if isinstance(value, str):
+        return not any("\ud800" <= each <= "\udfff" for each in value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def vector_ids(data: bytes) -> list[int]:

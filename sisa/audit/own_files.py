@@ -49,7 +49,7 @@ def search_model(
             plain = sealed.plaintext(path)
             if path.name in slices:
                 rows = parquet_ids(path if plain is None else io.BytesIO(plain))
-                found.update({each for each in rows if each is not None}.intersection(ids))
+                found.update({each for row in rows for each in row}.intersection(ids))
             else:
                 hits = {each.number for each in search.in_file(path, plain, tables=False)}
                 hits |= {*search.in_value(path.name)}

@@ -2,7 +2,8 @@
 
     what is read                     what must hold
     checkpoints, anywhere            bytes as recorded; made of records that are all still held
-    rows of Parquet and JSON Lines   of held records; a row with a tombstone's keyed id is residue
+    rows of Parquet and JSON Lines   of held records; a row with a tombstone's keyed id is residue;
+                                     elsewhere ids are in `id` and the columns of the run file's sources
     vectors of index files           of held records
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
     exports that a deletion marked   erased; one that can't be found can't be excluded
@@ -41,6 +42,8 @@ from pathlib import Path
 
 from sisa.audit.foreign_files import (
     BATCH_ROWS,
+    OWN_ID,
+    Ids,
     SealedFiles,
     Shredded,
     Unreadable,
@@ -193,6 +196,8 @@ class _Scanner:
         self.proven: set[Path] = set()
         self.empty: list[Path] = []
         self._sealed = SealedFiles(context.stores.keyring)
+        sources = context.settings.config.datasets
+        self._id_columns = tuple(dict.fromkeys((*OWN_ID, *(each.id_column for each in sources))))
         self._heads = {head.key for head in context.stores.ledger.heads()}
         self._groups = GroupJudge(context)
         self._exports = context.stores.ledger.exports()
@@ -260,10 +265,11 @@ class _Scanner:
         with read_beside(path) if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
         ids, ours = None, any(each in path.parents for each in self.own)
+        columns = OWN_ID if ours else self._id_columns
         if head == PARQUET_MAGIC:
-            ids = parquet_ids(path if plain is None else io.BytesIO(plain))
+            ids = parquet_ids(path if plain is None else io.BytesIO(plain), columns)
         elif _has_json_lines(path, ours) and path.parent != self.roots[METRICS]:
-            ids = json_ids(path)
+            ids = json_ids(path, columns)
         if ids is not None:
             if self._check_rows(path, ids, ours=ours):
                 self.proven.add(path)
@@ -324,14 +330,14 @@ class _Scanner:
             self.report("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 
-    def _check_rows(self, where: Path | str, ids: Iterator[str | None], *, ours: bool) -> bool:
+    def _check_rows(self, where: Path | str, ids: Iterator[Ids], *, ours: bool) -> bool:
         """Check rows, and return whether all could be read and have an id.
 
         A tombstone's row is residue anywhere, an unknown id's in the model's own places (`ours`).
         """
         whole, numbered = True, enumerate(ids)
         while True:
-            batch: list[tuple[int, str | None]] = []
+            batch: list[tuple[int, Ids]] = []
             try:  # what comes before a row that can't be read is kept
                 batch.extend(islice(numbered, BATCH_ROWS))
             except Unreadable:
@@ -340,10 +346,10 @@ class _Scanner:
                     self.report("unreadable", where, "can't be decoded, so its rows prove nothing")
             self.counts["rows"] += len(batch)
             id_digest = self.context.settings.assigner.id_digest
-            digests = {at: id_digest(each) for at, each in batch if each is not None}
-            whole = whole and len(digests) == len(batch)  # a row without an id proves nothing
-            rows = self.context.stores.ledger.lookup(digests.values())
-            for at, digest in digests.items():
+            digests = [(at, id_digest(each)) for at, its in batch for each in its]
+            whole = whole and all(its for _, its in batch)  # a row without an id proves nothing
+            rows = self.context.stores.ledger.lookup(digest for _, digest in digests)
+            for at, digest in digests:
                 row = rows.get(digest)
                 if isinstance(row, Tombstone):
                     what = f"a row of a record that request {row.request_id} deleted"

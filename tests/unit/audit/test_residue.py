@@ -22,6 +22,7 @@ from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.own_files import Searched, search_model
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
+from sisa.config.sources import DatasetSource
 from sisa.core.checkpoint_files import ADAPTER_FILE
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
@@ -37,7 +38,7 @@ from sisa.store.blobs.files import writer_lock
 from sisa.store.metrics import MIN_RECORDS, FileMetrics, metrics_line
 from sisa.store.witness import FileWitness
 from tests.crash import Crash, crash
-from tests.fakes.ports import changed
+from tests.fakes.ports import changed, with_config
 from tests.models.confessing import (
     DELETED,
     NUM_RECORDS,
@@ -252,6 +253,19 @@ def test_a_whole_number_names_a_row_in_every_json_source(
     source = tmp_path / f"people{suffix}"
     source.write_text('{"id": 7}')
     assert kinds(scan(model, also=[source])) == ["deleted_row"]
+
+
+def test_ids_are_looked_for_in_the_columns_that_the_run_file_names(model: Path, tmp_path: Path) -> None:
+    """A file may number its rows in another column."""
+    rows: dict[str, list[Any]] = {"id": [1], "ticket": [GONE.id]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "ticket": GONE.id}))
+    also = [tmp_path / "a.parquet", tmp_path / "a.jsonl"]
+    with context_of(model) as context:
+        sources = (DatasetSource(path="a/b"), DatasetSource(path="c/d", id_column="ticket"))
+        found = scan_residue(with_config(context, datasets=sources), model, also=also)
+    assert [(each.kind, each.position) for each in found.residue] == [("deleted_row", "row 0")] * 2
+    assert scan(model, also=also).clean
 
 
 def test_rows_without_an_id_prove_nothing(model: Path) -> None:
