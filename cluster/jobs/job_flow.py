@@ -26,7 +26,7 @@ END_WITHIN_S = 30.0
 AGAIN_S = 0.5
 
 
-def submit_training(jobs: Jobs, run_file: Path, name: str, flags: Sequence[str] = ()) -> Job:
+def submit_training(jobs: Jobs, run_file: Path, name: str, flags: Sequence[str]) -> Job:
     """Send a run file with the code that trains it, and return the job.
 
     Raise InvalidInput with every problem of the run file, Busy if another job trains the same model,

@@ -105,17 +105,16 @@ def to_tensorboard(directory: Path, curves: Curves) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    for run, points in curves.items():
+    for run, found in curves.items():
         folder = directory / run
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for former in folder.glob("events.out.tfevents.*"):
                 former.unlink()
             writer = EventFileWriter(str(folder))
-            for each in points:
-                value = Summary.Value(tag=each.curve, simple_value=each.value)
-                summary = Summary(value=[value])
-                writer.add_event(Event(wall_time=each.at, step=each.step, summary=summary))
+            for each in found:
+                drawn = Summary(value=[Summary.Value(tag=each.curve, simple_value=each.value)])
+                writer.add_event(Event(wall_time=each.at, step=each.step, summary=drawn))
             writer.close()
 
 
@@ -125,25 +124,25 @@ def to_mlflow(uri: str, experiment: str, curves: Curves) -> None:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        place = found.experiment_id if found else client.create_experiment(experiment)
-        for run, points in curves.items():
-            _write_run(client, place, run, points)
+        known = client.get_experiment_by_name(experiment)
+        place = known.experiment_id if known else client.create_experiment(experiment)
+        for run, found in curves.items():
+            _write_run(client, place, run, found)
 
 
-def _write_run(client: Any, experiment: str, run: str, points: Sequence[Point]) -> None:
+def _write_run(client: Any, experiment: str, run: str, found: Sequence[Point]) -> None:
     from mlflow.entities import Metric
 
-    content = digest_of([asdict(each) for each in points])
+    content = digest_of([asdict(each) for each in found])
     former = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run}'")
     if [each.data.tags.get(CONTENT_TAG) for each in former] == [content]:
         return
     for each in former:
         client.delete_run(each.info.run_id)
-    times = [round(1000 * each.at) for each in points] or [0]
+    times = [round(1000 * each.at) for each in found] or [0]
     made = client.create_run(experiment, start_time=min(times), tags={RUN_TAG: run}, run_name=run)
     metrics = [
-        Metric(each.curve, each.value, at, each.step) for each, at in zip(points, times, strict=False)
+        Metric(each.curve, each.value, at, each.step) for each, at in zip(found, times, strict=False)
     ]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(made.info.run_id, metrics=metrics[start : start + BATCH])

@@ -93,9 +93,7 @@ class Evidence:
     pending: tuple[str, ...] = ()  # completed requests whose certificates are not logged yet
 
 
-def check_evidence(
-    read: Callable[[str], bytes], own: PublicKeys | None = None, kept: bytes = b""
-) -> Evidence:
+def check_evidence(read: Callable[[str], bytes], own: PublicKeys | None, kept: bytes) -> Evidence:
     """Return the part of a published log that verifies; `read` reads one of its files by its path.
 
     `own` are the model's own public keys, if its secret keys are on this machine. The log must continue

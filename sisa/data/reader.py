@@ -117,7 +117,7 @@ def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any"
     )
 
 
-def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
+def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits) -> list[str]:
     """Return the non-blank texts of all sources, in order. Raise InvalidInput with every problem."""
     texts: list[str] = []
     problems = Problems(limits.max_problems)

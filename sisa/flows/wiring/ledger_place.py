@@ -112,4 +112,4 @@ def lock_beside(place: Path | str) -> AbstractContextManager[None]:
         return files.writer_lock(place.with_name(LOCK))
     from sisa.store.ledger.postgres import advisory_lock
 
-    return advisory_lock(place, "writer", "is writing to this model")
+    return advisory_lock(place, "writer")

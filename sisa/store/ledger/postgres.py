@@ -116,7 +116,7 @@ class Postgres:
             connection.exec_driver_sql(f"SELECT pg_notify('{CHANNEL}', current_schema())")
 
     def exclusive(self) -> AbstractContextManager[None]:
-        return advisory_lock(self.where, "commit", "is writing to this model", PATIENCE_S)
+        return advisory_lock(self.where, "commit", PATIENCE_S)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -231,7 +231,7 @@ def guarded(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def advisory_lock(url: str, name: str, doing: str, patience_s: float = 0) -> Iterator[None]:
+def advisory_lock(url: str, name: str, patience_s: float = 0) -> Iterator[None]:
     """Hold a lock of a model by name, in a session of its own. Raise Busy if another holds it."""
     with guarded(url):
         connection = _connected(url, autocommit=True)
@@ -242,7 +242,7 @@ def advisory_lock(url: str, name: str, doing: str, patience_s: float = 0) -> Ite
             while not _try_lock(connection, name):
                 if time.monotonic() >= deadline:
                     raise Busy(
-                        f"another process {doing}",
+                        "another process is writing to this model",
                         where=url,
                         next_step="wait until it has finished, then run the same command again",
                     )

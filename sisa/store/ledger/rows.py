@@ -293,7 +293,7 @@ def _count_matching(
     table: sa.Table,
     columns: Sequence[sa.Column[Any]],
     wanted: Collection[tuple[Any, ...]],
-    shard: int | None = None,
+    shard: int | None,
 ) -> int:
     """Return how many rows have one of the wanted values in some columns, without any index."""
     at = list(map(_at, columns))

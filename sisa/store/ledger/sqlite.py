@@ -50,7 +50,7 @@ class Sqlite:
 
     errors: tuple[type[Exception], ...] = (DatabaseError, sqlite3.DatabaseError)
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
+    def __init__(self, path: Path, *, create: bool) -> None:
         self._path, self.where = path, str(path)
         if create:
             # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.

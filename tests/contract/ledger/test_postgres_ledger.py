@@ -191,23 +191,23 @@ def test_a_changed_and_a_lost_row_are_missed(ledger: SqlLedger, url: str, table:
 
 
 def test_a_lock_is_held_once_and_ends_with_its_process(url: str) -> None:
-    with advisory_lock(url, "writer", "writes"):
-        with pytest.raises(Busy, match="another process writes"), advisory_lock(url, "writer", "writes"):
+    with advisory_lock(url, "writer"):
+        with pytest.raises(Busy, match="is writing to this model"), advisory_lock(url, "writer"):
             pass
-        with advisory_lock(url, "commit", "commits"):
+        with advisory_lock(url, "commit"):
             pass
     code = (
         "import os, sys; from sisa.store.ledger.postgres import advisory_lock\n"
-        "with advisory_lock(sys.argv[1], 'writer', 'writes'):\n    print(flush=True); sys.stdin.read()"
+        "with advisory_lock(sys.argv[1], 'writer'):\n    print(flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen([sys.executable, "-c", code, url], stdin=-1, stdout=-1)
     try:
         assert child.stdout is not None
         assert child.stdout.readline()
-        with pytest.raises(Busy), advisory_lock(url, "writer", "writes"):
+        with pytest.raises(Busy), advisory_lock(url, "writer"):
             pass
         child.kill()
-        with advisory_lock(url, "writer", "writes", patience_s=10):
+        with advisory_lock(url, "writer", patience_s=10):
             pass
     finally:
         child.kill()
@@ -217,7 +217,7 @@ def test_a_lock_is_held_once_and_ends_with_its_process(url: str) -> None:
 def test_nothing_is_committed_once_a_lock_is_lost(postgres: PostgresServer, url: str) -> None:
     """The server ends a session whose node it can't reach: another node may write already."""
     end = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-    with opened(url, create=True) as ledger, advisory_lock(url, "writer", "writes"):
+    with opened(url, create=True) as ledger, advisory_lock(url, "writer"):
         ledger.commit(Change(added=[row(1)]))
         postgres.execute(end)
         with pytest.raises(EnvironmentFault):
