@@ -81,14 +81,36 @@ def parquet_ids(source: Path | io.BytesIO, columns: Sequence[str] = OWN_ID) -> I
 
     try:
         with pq.ParquetFile(source) as file:
-            held = [each for each in columns if each in file.schema_arrow.names]
-            if not held:
-                raise Unreadable
+            held = _held(columns, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=held):
-                for row in zip(*(each.to_pylist() for each in batch.columns), strict=True):
-                    yield tuple(str(each) for each in row if each is not None)
+                yield from _batch_ids(batch, held)
     except (pa.ArrowException, OSError) as error:
         raise Unreadable from error
+
+
+def arrow_ids(path: Path, columns: Sequence[str]) -> Iterator[Ids]:
+    """Yield the ids of each row of a file of a saved dataset. Raise Unreadable as `parquet_ids`."""
+    import pyarrow as pa
+
+    try:
+        with path.open("rb") as file, pa.ipc.open_stream(file) as batches:
+            held = _held(columns, batches.schema.names)
+            for batch in batches:
+                yield from _batch_ids(batch, held)
+    except (pa.ArrowException, OSError) as error:
+        raise Unreadable from error
+
+
+def _held(columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return those of the columns that a table has. Raise Unreadable if there are none."""
+    if not (held := [each for each in columns if each in names]):
+        raise Unreadable
+    return held
+
+
+def _batch_ids(batch: Any, held: Sequence[str]) -> Iterator[Ids]:
+    for row in zip(*(batch.column(each).to_pylist() for each in held), strict=True):
+        yield tuple(str(each) for each in row if each is not None)
 
 
 def json_ids(path: Path, columns: Sequence[str] = OWN_ID) -> Iterator[Ids]:

@@ -2,7 +2,7 @@
 
     what is read                     what must hold
     checkpoints, anywhere            bytes as recorded; made of records that are all still held
-    rows of Parquet and JSON Lines   of held records; a row with a tombstone's keyed id is residue;
+    rows of Parquet, Arrow and JSON  of held records; a row with a tombstone's keyed id is residue;
                                      elsewhere ids are in `id` and the columns of the run file's sources
     vectors of index files           of held records
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
@@ -47,6 +47,7 @@ from sisa.audit.foreign_files import (
     SealedFiles,
     Shredded,
     Unreadable,
+    arrow_ids,
     json_ids,
     parquet_ids,
     vector_ids,
@@ -268,6 +269,8 @@ class _Scanner:
         columns = OWN_ID if ours else self._id_columns
         if head == PARQUET_MAGIC:
             ids = parquet_ids(path if plain is None else io.BytesIO(plain), columns)
+        elif path.suffix == ".arrow":
+            ids = arrow_ids(path, columns)
         elif _has_json_lines(path, ours) and path.parent != self.roots[METRICS]:
             ids = json_ids(path, columns)
         if ids is not None:

@@ -268,6 +268,16 @@ def test_ids_are_looked_for_in_the_columns_that_the_run_file_names(model: Path, 
     assert scan(model, also=also).clean
 
 
+def test_a_saved_dataset_is_a_copy_of_a_source(model: Path, tmp_path: Path) -> None:
+    """It is an Arrow stream."""
+    saved = tmp_path / "data-00000-of-00001.arrow"
+    table = pa.table({"id": [record(0).id, GONE.id], "text": ["x", "x"]})
+    with pa.ipc.new_stream(str(saved), table.schema) as writer:
+        writer.write_table(table)
+    found = scan(model, also=[saved])
+    assert [(each.kind, each.position) for each in found.residue] == [("deleted_row", "row 1")]
+
+
 def test_rows_without_an_id_prove_nothing(model: Path) -> None:
     (model / RECORDS / "a.jsonl").write_text('{"text": "x"}')
     pq.write_table(pa.table({"id": pa.array([None], pa.string())}), model / RECORDS / "b.parquet")
