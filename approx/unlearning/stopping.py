@@ -1,4 +1,4 @@
-"""How a run is bounded and how it ends.
+"""The bounds of a run, what is measured for them, and its end.
 
 A bound that is reached is an ending, not an exception: the weights are usable. Utility is better when
 larger, knowledge of the forget set when smaller. The caller measures both.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from approx.methods.editing.edit_run import Editing, edit_adapter
+from approx.methods.editing.edit_run import Editing, output_matrix
 from approx.methods.method import Family, Method, Role, mean_nll
 from approx.unlearning.causal_tracing import trace_states
 from approx.unlearning.examples import Sets
@@ -68,7 +68,8 @@ class Edit(Method):
 
     def adapter_values(self, base: Any, num_texts: int) -> dict[str, Any]:
         """Return rank, scale and modules of a patch that can hold the edits."""
-        return edit_adapter(base, self, num_texts)
+        modules = [output_matrix(base, layer) for layer in self.layers]
+        return {"lora_target_modules": modules, "lora_r": num_texts, "lora_alpha": num_texts}
 
     def patch_problems(self, *, bounded: bool, selected: bool) -> Iterator[Problem]:  # noqa: ARG002
         """Yield a problem for a selection of modules."""

@@ -10,7 +10,7 @@ for them. Texts have fewer tokens than W has inputs, so that C is singular: RIDG
 eigenvalue is added to its diagonal. Updates are computed in float64.
 
 A patch for edits changes those matrices alone, with a rank of one for each fact and a scale of 1, so
-that it holds the closed form as it is: `edit_adapter`.
+that it holds the closed form as it is: `Edit.adapter_values`.
 
 After `check_every` facts, and at the end, utility is measured; when it is below its bound the patch goes
 back to what was within it. MEMIT writes all facts at once, so it is kept or undone as a whole. An edit
@@ -73,12 +73,6 @@ def output_matrix(base: Any, layer: int) -> str:
         expected="layers with an MLP whose last matrix is a linear module",
         next_step="use another method",
     )
-
-
-def edit_adapter(base: Any, method: Edit, num_facts: int) -> dict[str, Any]:
-    """Return rank, scale and modules of a patch that can hold the edits of a method with a layer."""
-    modules = [output_matrix(base, layer) for layer in method.layers]
-    return {"lora_target_modules": modules, "lora_r": num_facts, "lora_alpha": num_facts}
 
 
 def subject_ends(forget: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any) -> list[int]:
@@ -238,7 +232,7 @@ def _edited_matrix(target: Target, layer: Any, number: int, num_facts: int) -> E
             where="patch",
             expected=f"LoRA of rank {num_facts} or more on {name}",
             got="none" if a_RI is None else f"rank {len(a_RI)}",
-            next_step="attach an adapter with the values of `edit_adapter`",
+            next_step="attach an adapter with the `adapter_values` of the method",
         )
     matrix = base.get_submodule(name)
     return EditedMatrix(layer, matrix, a_RI, b_DR, matrix.scaling[DEFAULT_NAME])

@@ -106,10 +106,13 @@ def keeps_retained(model: Any) -> float:
     return 1.0 - nll(model, RETAIN)
 
 
+def without_search(name: str, alpha: float = 0.5) -> Method:
+    return make_method(name, {"alpha": alpha} if name == "task_arithmetic" else {})
+
+
 def run(learnt: Any, name: str, bounds: Bounds | None = None, **changes: Any) -> tuple[Any, End]:
     model = target(learnt)
-    values = {"alpha": 0.5} if name == "task_arithmetic" else {}
-    end = unlearn(model, SETS, make_method(name, values), settings(**changes), bounds or Bounds())
+    end = unlearn(model, SETS, without_search(name), settings(**changes), bounds or Bounds())
     return model, end
 
 
@@ -128,8 +131,7 @@ def test_every_method_forgets_and_those_with_a_retain_term_keep_more(learnt: Any
     long = settings(num_epochs=24)
     found = {}
     for name in METHODS:
-        values = {"alpha": 32.0} if name == "task_arithmetic" else {}
-        method = choose_layer(make_method(name, values), learnt, SETS)
+        method = choose_layer(without_search(name, alpha=32.0), learnt, SETS)
         model = target(learnt, method)
         found[name] = model, unlearn(model, SETS, method, long, Bounds())
     ascent = nll(found["gradient_ascent"][0], RETAIN)
@@ -144,11 +146,11 @@ def test_every_method_forgets_and_those_with_a_retain_term_keep_more(learnt: Any
 
 @pytest.mark.parametrize("name", ["npo", "idk_dpo", "task_arithmetic"])
 def test_a_patch_never_touches_the_base(learnt: Any, name: str) -> None:
-    model = target(learnt)
-    before = {n: x for n, x in weights(model).items() if "lora_" not in n}
-    values = {"alpha": 1.0} if name == "task_arithmetic" else {}
-    unlearn(model, SETS, make_method(name, values), settings(), Bounds())
-    assert same({n: x for n, x in weights(model).items() if "lora_" not in n}, before)
+    model, _ = run(learnt, name)
+    before, after = (
+        {n: x for n, x in weights(each).items() if "lora_" not in n} for each in (target(learnt), model)
+    )
+    assert same(before, after)
     with model.disable_adapter():
         assert nll(model, FORGET) == nll(learnt, FORGET)
 
@@ -303,7 +305,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
 ) -> None:
     whole, expected = run(learnt, name, Bounds(check_every=3))
     saved = saved_at(tmp_path / "run")
-    method = make_method(name, {"alpha": 0.5} if name == "task_arithmetic" else {})
+    method = without_search(name)
 
     def stop(log: StepLog) -> None:
         if log.step == 8:
