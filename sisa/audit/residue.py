@@ -81,6 +81,7 @@ SCANNED = (
     *("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"),
     *("shredded", "patches", "kept_by_consent"),
 )
+VOCABULARY_FILE = "vocab.json"  # of a tokenizer: an object of tokens and their numbers
 NOT_RECORDED = "not the recorded file, so its content proves nothing"
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of models being fetched
 TEMPORARY_PATTERNS = (f"{DIRECTORY_PREFIX}*", "sisa-*/r")  # the second is of Ray (`ray/session.py`)
@@ -501,7 +502,8 @@ class _Scanner:
 def _has_json_lines(path: Path, ours: bool) -> bool:
     """Return whether a file may hold rows; in a model, no `.json` does."""
     suffix = path.suffix.lower()
-    return suffix == ".jsonl" or (suffix == ".json" and not ours and path.name != MANIFEST_FILE)
+    rowless = ours or path.name in (MANIFEST_FILE, VOCABULARY_FILE)
+    return suffix == ".jsonl" or (suffix == ".json" and not rowless)
 
 
 def owned_temporary_files() -> list[Path]:

@@ -253,6 +253,9 @@ def test_a_whole_number_names_a_row_in_every_json_source(
     source = tmp_path / f"people{suffix}"
     source.write_text('{"id": 7}')
     assert kinds(scan(model, also=[source])) == ["deleted_row"]
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text('{"name": 6, "id": 7}')
+    assert not kinds(scan(model, also=[vocabulary]))
 
 
 def test_ids_are_looked_for_in_the_columns_that_the_run_file_names(model: Path, tmp_path: Path) -> None:
