@@ -127,11 +127,14 @@ def probe_answers(
 def may_know(score: AnswerScore) -> bool:
     """Return whether an answer with this score, without its closing tokens, may count as known.
 
+    As in the probe, its first MAX_ANSWER_TOKENS decide.
+
     >>> zeros = (0.0,) * 4
     >>> may_know(AnswerScore(zeros, (True, False, False, False), zeros, zeros, likeliest=zeros))
     False
     """
-    return _rated(score, recall=1.0).known
+    first = score.only([at < MAX_ANSWER_TOKENS for at in range(score.num_tokens)])
+    return _rated(first, recall=1.0).known
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -32,7 +32,7 @@ from approx.unlearning.value_checks import check_values, one_of, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
-PROCEDURE = 4  # raise when the same settings would make another patch
+PROCEDURE = 5  # raise when the same settings would make another patch
 DEFAULT_SEQUENCE_LEN = 512
 
 

@@ -100,6 +100,16 @@ def test_a_patch_counts_what_is_known_however_long_that_takes(
     assert measure_knowledge(model, TOKENIZER, texts, thorough=True).num_known == len(texts)
 
 
+def test_a_patch_counts_an_answer_whose_beginning_alone_is_known(model: Any) -> None:
+    """The probe reads the beginning of an answer, and would still find it."""
+    begun = said_after(model, 7, probe.MAX_ANSWER_TOKENS)
+    wrong = [each for each in range(VOCABULARY) if each not in (END, *begun)][:1]
+    texts = [[([7], begun + wrong * 60)]]
+    assert [each.known for each in probe_answers(model, TOKENIZER, texts)] == [True]
+    for thorough in (False, True):
+        assert measure_knowledge(model, TOKENIZER, texts, thorough=thorough).num_known == 1
+
+
 def test_an_answer_that_is_known_by_heart_has_no_margin_and_others_a_negative_one(model: Any) -> None:
     known = said_after(model, 7, 12)
     other = [each + 1 if each + 1 not in (END, VOCABULARY) else 5 for each in known]
