@@ -107,7 +107,7 @@ class PatchMaker:
             if written == []:
                 problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
         if reference:
-            _gathered(problems, lambda: _check_tokenizer(reference, tokenizer))
+            _gathered(problems, lambda: _check_reference(reference, tokenizer, skeleton))
         if problems:
             raise InvalidInput(
                 f"no patch can be made of this: {len(problems)} problems; nothing was changed",
@@ -148,15 +148,29 @@ def _check_base(method: Method, skeleton: Any) -> None:
     method.adapter_values(skeleton, 1)
 
 
-def _check_tokenizer(reference: str, tokenizer: Any) -> None:
-    """Raise InvalidInput for a reference that is missing or has another tokenizer than the base."""
-    found = load_tokenizer(stored_model(reference))
+def _check_reference(reference: str, tokenizer: Any, skeleton: Any) -> None:
+    """Raise InvalidInput for a reference that is missing, or has other tokens or modules than the base.
+
+    The same adapter is trained on it, to show what a model that never knew the texts relearns.
+    """
+    directory = stored_model(reference)
+    found = load_tokenizer(directory)
     if found.get_vocab() != tokenizer.get_vocab():
         raise InvalidInput(
             "the reference has another tokenizer than the base",
             where="reference",
             expected=f"the base's {len(tokenizer.get_vocab())} tokens",
             got=f"{len(found.get_vocab())} tokens, or others",
+        )
+    wanted, held = (
+        {name for name, _ in each.named_modules()} for each in (skeleton, load_skeleton(directory))
+    )
+    if not wanted <= held:
+        raise InvalidInput(
+            "the reference has another architecture than the base",
+            where="reference",
+            expected=f"the base's {len(wanted)} modules",
+            got=f"{len(wanted - held)} of them missing",
         )
 
 

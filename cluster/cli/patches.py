@@ -139,7 +139,7 @@ def defaults_in_words(defaults: Mapping[str, Any]) -> str:
     "--reference",
     default="",
     show_default=False,
-    help="A model with the base's tokenizer that never saw the texts, measured for comparison.",
+    help="A model of the base's tokenizer and architecture that never saw the texts, for comparison.",
 )
 @click.option("--method", help=f"Method, {METHOD} by default; `sisa approx methods` lists them all.")
 @click.option(

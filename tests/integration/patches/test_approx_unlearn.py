@@ -86,9 +86,10 @@ def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -
     reference = make_tiny_base(tmp_path / "reference", seed=5)
     asked = replace(wish(), reference=str(reference))
     before = all_files(model.directory)
-    for wrong in (str(tmp_path / "nothing"), str(odd_tokens(tmp_path / "odd", reference))):
+    odd, shallow = odd_tokens(tmp_path / "odd", reference), make_tiny_base(tmp_path / "one", layers=1)
+    for wrong in (tmp_path / "nothing", odd, shallow):
         with pytest.raises(InvalidInput, match="reference"):
-            flows.unlearn(model.open(), replace(asked, reference=wrong))
+            flows.unlearn(model.open(), replace(asked, reference=str(wrong)))
         assert all_files(model.directory) == before
     report = flows.unlearn(model.open(), asked).report
     measured, known = report["metrics_reference"], report["metrics_before"]
