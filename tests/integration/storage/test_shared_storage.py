@@ -134,7 +134,7 @@ def test_a_storage_that_cant_be_used_is_refused_before_anything_is_written(
         sisa.train_model(run, executor="serial", allow_deleted=True)
     assert caught.value.got == "NoSuchBucket"
     monkeypatch.setitem(sys.modules, "boto3", None)
-    with pytest.raises(EnvironmentFault, match="needs boto3"):
+    with pytest.raises(EnvironmentFault, match="boto3 is not installed"):
         sisa.train_model(run, executor="serial", allow_deleted=True)
     assert not (tmp_path / "stored" / "model").exists()
 
