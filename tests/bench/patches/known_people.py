@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN
+from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN, METHOD
 from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.weights import resolve_base
 from tests.models.knowing_base import record, teach
@@ -87,7 +87,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a patch with NPO.
+    """A way to make a patch with the default method.
 
     With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
     `max_drift`, shards are retrained once they have drifted that far. Settings that are not given have
@@ -100,7 +100,7 @@ class Way:
 
     def to_json(self) -> dict[str, Any]:
         retain = "records of the others" if self.keep else "written by the base"
-        found = {"method": "npo", "retain": retain, "settings": dict(self.settings)}
+        found = {"method": METHOD, "retain": retain, "settings": dict(self.settings)}
         return found if self.max_drift is None else {**found, "max_drift": self.max_drift}
 
 
@@ -199,7 +199,7 @@ class Ground:
             asked += ["--max-drift", way.max_drift]
         values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
         return self.sisa(
-            *("approx", "unlearn", *asked, "--method", "npo", "--executor", "serial"),
+            *("approx", "unlearn", *asked, "--executor", "serial"),
             *(each for pair in values for each in pair),
             codes=(0, EXIT_NOT_MADE, EXIT_STILL_KNOWN),
         )
