@@ -218,10 +218,14 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     },
     "tests/bench/patches/README.md": {
         "forgetting": lambda: forgetting.table(
-            *(recorded(f"patches/forgetting_{people}") for people in ("tofu", "rwku", "tiny"))
+            *(recorded(f"patches/forgetting_{on}") for on in ("smollm2", "tofu", "rwku", "tiny"))
         ),
-        "fallback": of("patches/fallback", fallback.table),
-        "fallback-tiny": of("patches/fallback_tiny", fallback.table),
+        "fallback": lambda: fallback.table(
+            recorded("patches/fallback"), recorded("patches/fallback_kl_minimisation")
+        ),
+        "fallback-tiny": lambda: fallback.table(
+            recorded("patches/fallback_tiny"), recorded("patches/fallback_tiny_kl_minimisation")
+        ),
         "sequential": of("patches/sequential", sequential.table),
     },
     "tests/bench/tofu_full/README.md": {

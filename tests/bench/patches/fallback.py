@@ -10,7 +10,7 @@ records of the nine others. `sisa approx revert` removes a patch before the next
 
 The base, the served model and attacks on it are measured before and after each patch. Each seed has
 other people and another seed of the patch. The result is written after every seed, and the same command
-continues it.
+continues it. `--method` measures another method than the default.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).
@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.patches import METHOD
 from sisa.data.samples import to_jsonl
 from tests.bench.command import BASE, arguments, here, markdown, read, with_spread, write
 from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
@@ -145,17 +146,29 @@ OF_A_PATCH: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 
 
-def table(found: Mapping[str, Any]) -> Iterator[str]:
+def table(*of_methods: Mapping[str, Any]) -> Iterator[str]:
     """Yield a Markdown table: means over seeds, ± half of their range, without and with each patch."""
-    lines, runs = [], list(found["seeds"].values())
-    for name in ("no patch", *WAYS):
-        of = [each["patches"].get(name, each["without_patch"]) for each in runs]
-        cells = [with_spread([value(at) for at in of]) for value in COLUMNS.values()]
-        for title, value in OF_A_PATCH.items():
-            form = ".0f" if title == "core-seconds" else ".2f"
-            cells.append(with_spread([value(at) for at in of], form) if name in WAYS else "-")
-        lines.append((name, *cells))
-    yield from markdown(("retain set", *COLUMNS, *OF_A_PATCH), lines)
+    first = list(of_methods[0]["seeds"].values())
+    lines = [_line("-", "no patch", [each["without_patch"] for each in first], COLUMNS)]
+    for found in of_methods:
+        runs = [each["patches"] for each in found["seeds"].values()]
+        for name in (each for each in WAYS if each in runs[0]):
+            of = [each[name] for each in runs]
+            lines.append(_line(of[0]["method"], name, of, {**COLUMNS, **OF_A_PATCH}))
+    yield from markdown(("method", "retain set", "seeds", *COLUMNS, *OF_A_PATCH), lines)
+
+
+def _line(
+    method: str,
+    retain: str,
+    of_seeds: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Callable[[Mapping[str, Any]], float]],
+) -> tuple[Any, ...]:
+    cells = [
+        with_spread([value(at) for at in of_seeds], ".0f" if title == "core-seconds" else ".2f")
+        for title, value in columns.items()
+    ]
+    return method, retain, len(of_seeds), *cells, *["-"] * (len(COLUMNS | OF_A_PATCH) - len(cells))
 
 
 def headline(found: Mapping[str, Any]) -> tuple[str, str]:
@@ -180,6 +193,8 @@ def main() -> None:
         base_model=BASE,
         tiny={"action": "store_true", "help": "a tiny base, whose utility means little"},
         seeds={"nargs": "+", "type": int, "default": list(SEEDS)},
+        method=METHOD,
+        retain={"nargs": "+", "choices": WAYS, "default": list(WAYS)},
     )
     name = "tiny" if given.tiny else given.base_model
     found = {**here(name), "seeds": read(given.out).get("seeds", {})}
@@ -190,7 +205,10 @@ def main() -> None:
             scale = replace(TINY if given.tiny else Scale(), seed=seed)
             base = base_dir(given.tiny, given.base_model, Path(folder))
             ground = Ground.laid(Path(folder), base, scale)
-            ways = {n: replace(way, settings={**way.settings, "seed": seed}) for n, way in WAYS.items()}
+            ways = {
+                name: replace(WAYS[name], method=given.method, settings={"seed": seed})
+                for name in given.retain
+            }
             found["seeds"][str(seed)] = run(ground, erase(ground, FORGOTTEN), ways, with_attacks)
         write(given.out, found)
     print("\n".join(table(found)))

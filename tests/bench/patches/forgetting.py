@@ -146,7 +146,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
     """Yield what patches with the default settings leave, by method, base and retain set.
 
-    The method of which least comes back, in the mean over the columns, stands first.
+    The method of which least comes back, in the mean over the columns that all have, stands first.
     """
     rows: dict[str, dict[str, Mapping[str, Any]]] = {}
     columns: dict[str, None] = {}
@@ -156,9 +156,14 @@ def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
             column = f"{base}, {found['people_of']}, {row['retain']}"
             rows.setdefault(row["method"], {})[column] = row
             columns[column] = None
+    shared = [each for each in columns if all(each in of for of in rows.values())]
+
+    def comes_back(of: Mapping[str, Mapping[str, Any]]) -> float:
+        return fmean(_relearnt(of[each]) for each in shared or of)
+
     lines = [
         (method, *(_cell(of[each]) if each in of else "-" for each in columns))
-        for method, of in sorted(rows.items(), key=lambda each: fmean(map(_relearnt, each[1].values())))
+        for method, of in sorted(rows.items(), key=lambda each: comes_back(each[1]))
     ]
     yield from markdown(("method", *columns), lines)
 

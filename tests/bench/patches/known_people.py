@@ -87,20 +87,21 @@ class Answers:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a patch with the default method.
+    """A way to make a patch: the method, and what is retained.
 
-    With `keep`, its retain set is the records of people to keep; otherwise the base writes it. With
+    With `keep`, the retain set is the records of people to keep; otherwise the base writes it. With
     `max_drift`, shards are retrained once they have drifted that far. Settings that are not given have
     the command's defaults.
     """
 
     keep: bool = True
+    method: str = METHOD
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         retain = "records of the others" if self.keep else "written by the base"
-        found = {"method": METHOD, "retain": retain, "settings": dict(self.settings)}
+        found = {"method": self.method, "retain": retain, "settings": dict(self.settings)}
         return found if self.max_drift is None else {**found, "max_drift": self.max_drift}
 
 
@@ -199,7 +200,7 @@ class Ground:
             asked += ["--max-drift", way.max_drift]
         values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
         return self.sisa(
-            *("approx", "unlearn", *asked, "--executor", "serial"),
+            *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),
             *(each for pair in values for each in pair),
             codes=(0, EXIT_NOT_MADE, EXIT_STILL_KNOWN),
         )
