@@ -480,6 +480,9 @@ class Ledger(Protocol):
     def events(self, after: int = 0) -> list[RequestEvent]:
         """Return the events without the first `after`, oldest first, each linked to the one before."""
 
+    def events_of(self, request_id: str) -> list[RequestEvent]:
+        """Return the events of one request, oldest first."""
+
     def exports(self) -> list[Export]:
         """Return the exports by path, then by key."""
 

@@ -227,7 +227,7 @@ def _outcome(
     ledger = context.stores.ledger
     named = ledger.lookup(ledger.named_by(request.request_id))
     live = [each for each in named.values() if isinstance(each, RecordRow)]
-    events = [each for each in ledger.events() if each.request_id == request.request_id]
+    events = ledger.events_of(request.request_id)
     return Outcome(
         request=request,
         events=events,

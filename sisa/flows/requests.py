@@ -277,8 +277,11 @@ def views(context: Context) -> list[RequestView]:
 
 
 def view_of(context: Context, request: Request) -> RequestView:
-    """Return a request with its days left and its history."""
-    return next(each for each in views(context) if each.request.request_id == request.request_id)
+    """Return a request with its days left and its history; read the events of no other."""
+    ledger, name = context.stores.ledger, request.request_id
+    held_by = legal_holds(context, ledger.named_by(name)) if waits_to_run(request) else ()
+    left = days_left(request.due, context.now())
+    return RequestView(request, left, tuple(ledger.events_of(name)), tuple(held_by))
 
 
 def decide(

@@ -194,6 +194,9 @@ class FakeLedger:
     def events(self, after: int = 0) -> list[RequestEvent]:
         return self.tables.events[after:]
 
+    def events_of(self, request_id: str) -> list[RequestEvent]:
+        return [each for each in self.tables.events if each.request_id == request_id]
+
     def identities(
         self, *, keys: Collection[str] | None = None, id_digests: Collection[str] | None = None
     ) -> list[Identity]:

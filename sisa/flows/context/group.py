@@ -154,6 +154,9 @@ class GroupLedger:
         seen = {each.request_id for each in self.requests()}
         return [each for each in self._whole.events(after) if each.request_id in seen]
 
+    def events_of(self, request_id: str) -> list[RequestEvent]:
+        return self._whole.events_of(request_id) if self._sees(request_id) else []
+
     def exports(self) -> list[Export]:
         return self._seen(self._whole.exports())
 

@@ -193,6 +193,15 @@ class SqlLedger(Database):
             rows.check_complete(connection, EVENTS_TABLE, after + len(found))
         return as_objects(RequestEvent, EVENTS_TABLE, found)
 
+    def events_of(self, request_id: str) -> list[RequestEvent]:
+        column, known = EVENTS_TABLE.c.request_id, sa.select(REQUESTS_TABLE.c.request_id)
+        here = column.in_([request_id]) | column.not_in(known)  # an event that lost its request's name
+        with self._reading() as connection:
+            found = rows.read(connection, EVENTS_TABLE, here, order=[EVENTS_TABLE.c.position])
+            rows.check_complete(connection, EVENTS_TABLE, rows.actual_rows(connection, EVENTS_TABLE))
+        events = as_objects(RequestEvent, EVENTS_TABLE, found)
+        return [each for each in events if each.request_id == request_id]
+
     def exports(self) -> list[Export]:
         return self._all(Export, EXPORTS_TABLE, EXPORTS_TABLE.c.path, EXPORTS_TABLE.c.key)
 

@@ -119,6 +119,20 @@ def test_a_request_waits_and_changes_nothing_held(fake: FakeModel) -> None:
     assert view_of(fake.context, request).days_left == 31
 
 
+def test_one_request_is_shown_without_the_events_of_others(
+    fake: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of thousands of requests takes a second to read."""
+    other, request = asked(fake, 3), asked(fake, 4)
+    decide(fake.context, other.request_id, "held", "court order")
+    everything = {each.request.request_id: each for each in views(fake.context)}
+    monkeypatch.setattr(fake.ledger, "events", None)
+    denied = decide(fake.context, request.request_id, "denied", "of another person")
+    seen = view_of(fake.context, denied)
+    assert seen.events[:-1] == everything[request.request_id].events
+    assert [each.state for each in seen.events][-1] == "denied"
+
+
 def test_no_plain_id_or_subject_waits_in_the_ledger(fake: FakeModel) -> None:
     asked(fake, 3, 4)
     assert not any(each in repr(fake.ledger.tables) for each in (*ids({3, 4}), "subject-"))
