@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import stat
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,6 +19,7 @@ from sisa.core.requests import OPEN, UNDER_WAY, Request, RequestState
 from sisa.store.blobs.files import disk_errors
 
 OPENDSR = "OpenDSR"  # the reason of requests that came by it
+CLOCK_SKEW = timedelta(minutes=5)  # by which others' clocks may be ahead, as receivers of webhooks allow
 DsrStatus = Literal["pending", "in_progress", "completed", "cancelled"]
 
 
@@ -82,6 +83,17 @@ def opendsr_headers(block: OpenDsrBlock, body: bytes) -> dict[str, str]:
         "X-OpenDSR-Processor-Domain": block.domain,
         "X-OpenDSR-Signature": base64.b64encode(signature).decode(),
     }
+
+
+def day_asked(submitted_time: datetime, now: datetime) -> str:
+    """Return the day, in UTC, on which a person asked the controller, whose clock may be a little ahead.
+
+    >>> now = datetime(2026, 1, 31, 23, 58, tzinfo=UTC)
+    >>> [day_asked(now + timedelta(minutes=each), now) for each in (-30, 4, 6)]
+    ['2026-01-31', '2026-01-31', '2026-02-01']
+    """
+    ahead = timedelta(0) < submitted_time - now <= CLOCK_SKEW
+    return (now if ahead else submitted_time).astimezone(UTC).date().isoformat()
 
 
 def times_of(request: Request) -> DsrTimes:

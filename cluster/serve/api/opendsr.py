@@ -39,6 +39,7 @@ from cluster.serve.domain import Service, TheService
 from cluster.serve.opendsr import (
     OPENDSR,
     DsrTimes,
+    day_asked,
     opendsr_headers,
     opendsr_status,
     status_body,
@@ -156,7 +157,7 @@ def _submit_erasure(
         external_id=name,
         reason=OPENDSR,
         regime=regime,
-        received_on=asked.submitted_time.astimezone(UTC).date().isoformat(),
+        received_on=day_asked(asked.submitted_time, datetime.now(UTC)),
         submitter=caller.name,
     )
     made = caller.view(service.model).submit(subject=subject, terms=terms).request

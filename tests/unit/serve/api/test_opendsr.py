@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from fastapi.testclient import TestClient
 
+from cluster.serve.api import opendsr as opendsr_api
 from cluster.serve.app import build_app
 from cluster.serve.domain import Service
 from cluster.serve.state import ServiceState
@@ -26,6 +28,7 @@ from sisa.config.config import OpenDsrBlock, ServiceBlock, WebhookReceiver
 from sisa.config.runfile import parse_run_file
 from sisa.evidence.keys.keys import create_keys
 from sisa.flows.requests import Terms
+from sisa.flows.wiring import wiring
 from sisa.flows.wiring.keys import evidence_keys_dir
 from sisa.model import open_model
 from tests.fakes.answers import FakeAnswers
@@ -192,6 +195,19 @@ def test_the_term_counts_from_the_day_on_which_the_person_asked(
     received = datetime.fromisoformat(found.created_at).isoformat(timespec="seconds")
     status = client.get(f"/opendsr/requests/{NAME}").json()
     assert made["received_time"] == status["received_time"] == received  # when it came here
+
+
+def test_a_clock_that_is_a_little_ahead_at_midnight_delays_no_due_date(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    midnight = datetime(2026, 1, 31, 23, 59, tzinfo=UTC)
+    monkeypatch.setattr(wiring, "_now", midnight.isoformat)
+    monkeypatch.setattr(opendsr_api, "datetime", SimpleNamespace(now=lambda _: midnight))
+    sent = asked(submitted_time="2026-02-01T00:03:00Z")
+    made = client.post("/opendsr/requests", json=sent).json()
+    assert made["expected_completion_time"] == "2026-02-28T23:59:59Z"
+    later = asked(submitted_time="2026-02-01T00:05:00Z", subject_request_id=NAME.replace("a7", "b7"))
+    assert client.post("/opendsr/requests", json=later).status_code == 400
 
 
 def test_a_pending_request_is_cancelled(client: TestClient) -> None:
