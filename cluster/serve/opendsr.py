@@ -15,10 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from sisa.config.config import OpenDsrBlock
 from sisa.core.errors import InvalidInput
-from sisa.core.requests import OPEN, UNDER_WAY, Request, RequestState
+from sisa.core.requests import OPEN, OPENDSR, UNDER_WAY, Request, RequestState
 from sisa.store.blobs.files import disk_errors
 
-OPENDSR = "OpenDSR"  # the reason of requests that came by it
 CLOCK_SKEW = timedelta(minutes=5)  # by which others' clocks may be ahead, as receivers of webhooks allow
 DsrStatus = Literal["pending", "in_progress", "completed", "cancelled"]
 

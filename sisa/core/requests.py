@@ -46,7 +46,8 @@ Regime = Literal["gdpr", "delete-act"]
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 GDPR_SINCE = "2018-05-25"  # Art. 99(2); the laws of other regimes are younger
 DELETE_ACT_DAYS = 45
-RECTIFY, DROP = "sisa rectify", "California DROP"  # reasons that the program gives, and reads again
+# Reasons that the program gives, and reads again.
+RECTIFY, DROP, OPENDSR = "sisa rectify", "California DROP", "OpenDSR"
 
 COMMITTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # entered in one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})

@@ -22,6 +22,7 @@ from sisa.core.ports import Change
 from sisa.core.requests import (
     DROP,
     GDPR_SINCE,
+    OPENDSR,
     RECTIFY,
     Regime,
     Request,
@@ -82,6 +83,7 @@ class Terms:
     include_copies: bool = False
     consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
     submitter: str = ""  # who submits it; may not approve it where the run file asks for four eyes
+    by_opendsr: bool = False  # it came by that protocol, which is then its reason
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def new_request(
         num_records=len(taken),
         regime=terms.regime,
         external_id=terms.external_id,
-        reason=terms.reason,
+        reason=OPENDSR if terms.by_opendsr else terms.reason,
         num_copies=len(found),
         copies_included=terms.include_copies,
         consent=terms.consent.strip(),
@@ -195,12 +197,12 @@ def submit(
     Raise InvalidInput for a reason that only the program gives, and ConfigConflict for an external id
     that stands for other records.
     """
-    if terms.reason in (RECTIFY, DROP):
+    if terms.reason in (RECTIFY, DROP, OPENDSR):
         raise InvalidInput(
             "the program gives this reason to requests of its own",
             where="reason",
             got=terms.reason,
-            next_step="give the reason in other words, or run `sisa rectify` or `sisa drop import`",
+            next_step="give the reason in other words, or ask by `sisa rectify`, DROP or OpenDSR",
         )
     with context.stores.ledger.exclusive():
         new = new_request(context, rows, deleted, terms, full_scan=True)

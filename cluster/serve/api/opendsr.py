@@ -37,7 +37,6 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 from cluster.serve.api.rights import handed
 from cluster.serve.domain import Service, TheService
 from cluster.serve.opendsr import (
-    OPENDSR,
     DsrTimes,
     day_asked,
     opendsr_headers,
@@ -51,7 +50,7 @@ from cluster.serve.tokens import Caller, MayAccess, MayRead, MaySubmit
 from sisa.config.config import OpenDsrBlock
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
-from sisa.core.requests import Regime, Request
+from sisa.core.requests import OPENDSR, Regime, Request
 from sisa.flows.requests import Terms
 from sisa.store.blobs.files import disk_errors
 
@@ -155,7 +154,7 @@ def _submit_erasure(
     regime = _REGIMES[asked.regulation]
     terms = Terms(
         external_id=name,
-        reason=OPENDSR,
+        by_opendsr=True,
         regime=regime,
         received_on=day_asked(asked.submitted_time, datetime.now(UTC)),
         submitter=caller.name,

@@ -173,9 +173,9 @@ def test_the_term_counts_from_the_day_of_receipt_though_it_has_passed(fake: Fake
     assert plan_run(fake.context).why == "a request is overdue"
 
 
-@pytest.mark.parametrize("reason", ["sisa rectify", "California DROP"])
+@pytest.mark.parametrize("reason", ["sisa rectify", "California DROP", "OpenDSR"])
 def test_nobody_gives_a_reason_that_the_program_reads_again(fake: FakeModel, reason: str) -> None:
-    """Else a rectification could bring a deleted record back."""
+    """Else a rectification could bring a deleted record back, and OpenDSR would report other times."""
     with pytest.raises(InvalidInput, match="the program gives this reason"):
         asked(fake, 3, terms=Terms(reason=reason, approver="dpo"))
     assert fake.ledger.requests() == []

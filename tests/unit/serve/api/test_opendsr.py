@@ -190,7 +190,7 @@ def test_the_term_counts_from_the_day_on_which_the_person_asked(
     sent = asked(submitted_time="2020-01-31T23:30:00-05:00")
     made = client.post("/opendsr/requests", json=sent).json()
     found = service.model.request(NAME).request
-    assert (found.received_on, found.due) == ("2020-02-01", "2020-03-01")
+    assert (found.reason, found.received_on, found.due) == ("OpenDSR", "2020-02-01", "2020-03-01")
     assert made["expected_completion_time"] == "2020-03-01T23:59:59Z"
     received = datetime.fromisoformat(found.created_at).isoformat(timespec="seconds")
     status = client.get(f"/opendsr/requests/{NAME}").json()
