@@ -102,16 +102,14 @@ class PatchMaker:
             _gathered(problems, lambda: _check_base(parsed.method, skeleton))
         method = parsed.method if parsed else None
         problems += text_problems(forget, retain, method, tokenizer, limits)
-        if retain is None:
-            written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
-            if written == []:
-                problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
+        prompts = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
+        if prompts == [] and retain is None:
+            problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
         if reference:
             _gathered(problems, lambda: _check_reference(reference, tokenizer, skeleton))
         if problems:
             raise InvalidInput(
-                f"no patch can be made of this: {len(problems)} problems; nothing was changed",
-                expected=f"texts of at most {limits.sequence_len} tokens, with an answer, in one set",
+                "no patch can be made of this; nothing was changed",
                 next_step="correct the settings and the sets",
                 problems=problems,
             )
@@ -154,24 +152,17 @@ def _check_reference(reference: str, tokenizer: Any, skeleton: Any) -> None:
     The same adapter is trained on it, to show what a model that never knew the texts relearns.
     """
     directory = stored_model(reference)
-    found = load_tokenizer(directory)
-    if found.get_vocab() != tokenizer.get_vocab():
-        raise InvalidInput(
-            "the reference has another tokenizer than the base",
-            where="reference",
-            expected=f"the base's {len(tokenizer.get_vocab())} tokens",
-            got=f"{len(found.get_vocab())} tokens, or others",
-        )
+    problems: list[Problem] = []
+    if load_tokenizer(directory).get_vocab() != tokenizer.get_vocab():
+        problems.append(Problem("reference", "has another tokenizer than the base"))
     wanted, held = (
         {name for name, _ in each.named_modules()} for each in (skeleton, load_skeleton(directory))
     )
-    if not wanted <= held:
-        raise InvalidInput(
-            "the reference has another architecture than the base",
-            where="reference",
-            expected=f"the base's {len(wanted)} modules",
-            got=f"{len(wanted - held)} of them missing",
-        )
+    if lacking := wanted - held:
+        what = f"has another architecture: it lacks {len(lacking)} of the base's {len(wanted)} modules"
+        problems.append(Problem("reference", what))
+    if problems:
+        raise InvalidInput("the reference can't stand beside the base", problems=problems)
 
 
 def _lora(settings: PatchSettings) -> dict[str, Any]:

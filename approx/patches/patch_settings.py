@@ -106,8 +106,9 @@ def settings_of(
     `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raise InvalidInput with
     every problem.
     """
-    kinds = {**KINDS, "hyperparameters": METHODS[method]} if method in METHODS else KINDS
-    known = {each.name: block for block, kind in kinds.items() for each in fields(kind)}
+    named = [METHODS[method]] if method in METHODS else METHODS.values()  # what no method has is unknown
+    kinds = [*(("hyperparameters", each) for each in named), *KINDS.items()]
+    known = {each.name: block for block, kind in kinds for each in fields(kind)}
     among = ", ".join(sorted(known))
     problems = [Problem(each, f"unknown; known are {among}") for each in values if each not in known]
     blocks: dict[str, dict[str, Any]] = {

@@ -66,7 +66,7 @@ def trace_states(model: Any, examples: Sequence[Tokens], positions: Sequence[int
 
 
 def choose_layer(method: Method, model: Any, sets: Sets) -> Method:
-    """Return a method that acts at a layer with the one of the largest effect, if it names none.
+    """Return the method; if it acts at a layer and names none, with the layer of the largest effect.
 
     Raise InvalidInput for a layer that the model does not have.
     """
@@ -87,7 +87,7 @@ def check_layer(method: Method, model: Any) -> None:
             "the model has no such layer",
             where="layer",
             expected=f"a number from 0 to {count - 1}, or null to have it measured",
-            got=str(method.layer),
+            got=f"{method.layer}, of {count} layers",
             next_step="correct the layer",
         )
 

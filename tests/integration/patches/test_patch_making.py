@@ -463,6 +463,23 @@ def test_a_tokenizer_that_does_not_match_its_base_is_refused(
     assert [each.where for each in caught.value.problems] == ["tokenizer"]
 
 
+@pytest.mark.parametrize("retain", [None, KEEP])
+def test_a_template_that_rejects_the_neutral_prompts_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, retain: list[Record] | None
+) -> None:
+    """The base writes its part of the retain set whatever else is kept."""
+
+    def rejecting(directory: Path) -> Any:
+        tokenizer = load_tokenizer(directory)
+        tokenizer.chat_template = "{{ raise_exception('no') }}"
+        return tokenizer
+
+    monkeypatch.setattr("approx.patches.patch_maker.load_tokenizer", rejecting)
+    with pytest.raises(InvalidInput) as caught:
+        bench.maker.check(settings("npo"), FORGET, retain)
+    assert [each.where for each in caught.value.problems] == ["prompt"]
+
+
 def test_what_is_forgotten_is_forgotten_even_where_an_older_set_keeps_it(bench: Bench) -> None:
     """As when sets of several patches come together: forgetting wins, and is no error."""
     made = bench.make(bench.order(settings("npo"), FORGET, [*FORGET[:1], *KEEP]))

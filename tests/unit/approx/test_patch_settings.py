@@ -54,7 +54,8 @@ def test_flat_values_find_their_blocks() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "where"),
     [
-        ("gradient_descent", {}, {"method"}),
+        ("gradient_descent", {"beta": 0.2}, {"method"}),
+        ("gradient_descent", {"betta": 0.2}, {"method", "betta"}),
         ("npo", {"betta": 1, "speed": 2}, {"betta", "speed"}),
         (
             "npo",
