@@ -68,11 +68,11 @@ class AttackSets:
         return found
 
     def tokens(self, records: Sequence[Record]) -> list[Tokens]:
-        """Return records as examples, without those whose answer is cut off."""
+        """Return records as examples, as `cut` does."""
         return self.cut([tokenize(each, self.tokenizer, train_on_inputs=False) for each in records])
 
     def cut(self, examples: Sequence[Tokens]) -> list[Tokens]:
-        """Return examples of at most `sequence_len` tokens, without those whose answer is cut off."""
+        """Cut examples to `sequence_len` tokens, and leave out those that keep no answer token."""
         end = self.sequence_len
         found = [Tokens(each.input_ids[:end], each.labels[:end]) for each in examples]
         return [each for each in found if spans(each)]
@@ -82,7 +82,8 @@ class AttackSets:
 class Curve:
     """Values of the asked texts, in order, by the strength of the attack: steps, bits, a wording ...
 
-    `measure` names the values: "probability" (of the answer, per token) or "ROUGE-L recall".
+    `measure` names the values: "probability" (of the answer, per token), "ROUGE-L recall" or "unlearning
+    depth score".
     """
 
     measure: str
@@ -149,7 +150,8 @@ class Attack:
             return "needs one set of weights: attack the adapters that `sisa export` writes"
         for role in self.needs:
             if len(sets.tokens(getattr(sets, role))) < self.least:
-                return f"needs {self.least} texts or more: --{'data' if role == 'asked' else role}"
+                number = f"{self.least} texts or more" if self.least > 1 else "texts"
+                return f"needs {number}: --{'data' if role == 'asked' else role}"
         return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from pydantic import TypeAdapter
 from approx.attacks.attack import Attack, AttackSets, Aucs, Curve, SetName, probabilities
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
+from approx.evaluation.answer_score import check_finite
 from approx.evaluation.asking import log_name
 from approx.evaluation.evaluated_models import DeletionReadyModel, Dtype, open_evaluated, records_of
 from approx.evaluation.question_log import Header, LogWriter
@@ -75,7 +77,7 @@ class OpenedModel:
     """A model as attacks see it: a causal `model`, its tokenizer, and the form of its prompts."""
 
     def __init__(self, spec: str, form: PromptForm | str, device: str, dtype: Dtype) -> None:
-        """Open a model; a form that is a template is of the model's own kind.
+        """Open a model. A template alone is asked in the form that suits the model.
 
         Raise InvalidInput, IntegrityError or EnvironmentFault.
         """
@@ -138,19 +140,22 @@ class AttackOrder:
     leak: LeakAtK = field(default_factory=LeakAtK)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise InvalidInput for names of no attack."""
+        if unknown := [each for each in self.names if each not in ATTACKS]:
+            raise InvalidInput(
+                "no such attacks",
+                where="--attack",
+                expected="among " + ", ".join(ATTACKS),
+                got=", ".join(unknown),
+                next_step="choose among these",
+            )
 
-def _chosen(names: Sequence[str], leak: LeakAtK) -> list[Attack]:
-    """Return the named attacks, or all, with samples as ordered. Raise InvalidInput for other names."""
-    if unknown := [each for each in names if each not in ATTACKS]:
-        raise InvalidInput(
-            "no such attacks",
-            where="--attack",
-            expected="among " + ", ".join(ATTACKS),
-            got=", ".join(unknown),
-            next_step="choose among these",
-        )
-    attacks = {**ATTACKS, leak.name: leak}
-    return [attacks[name] for name in names or ATTACKS]
+    @property
+    def attacks(self) -> list[Attack]:
+        """Return the named attacks, or all, each once, with samples as ordered."""
+        held = {**ATTACKS, self.leak.name: self.leak}
+        return [held[name] for name in dict.fromkeys(self.names or ATTACKS)]
 
 
 def attack_opened(
@@ -167,7 +172,6 @@ def attack_opened(
     others = [*references, *filter(None, [before])]
     for each in others:
         opened.check_tokenizer(each)
-    attacks = _chosen(order.names, order.leak)
     settings = {
         **asdict(opened.form),
         "samples": order.leak.samples,
@@ -181,38 +185,46 @@ def attack_opened(
     known = None
     if before is not None:
         settings["before"] = before.evaluated.digest
-        known = fmean(probabilities(before.model, before.sets(order).examples("asked")))
+        asked = probabilities(before.model, before.sets(order).examples("asked"))
+        check_finite(asked, before.evaluated.name)
+        known = fmean(asked)
     header = Header(opened.evaluated.digest, digest_of({**order.texts, **also}), settings, "attacks")
     log = order.out / log_name(opened.evaluated, "attacks", header)
     judges = [each.model for each in references]
     sets = replace(opened.sets(order), references=judges, before=before and before.model)
-    reasons = {each.name: each.why_not(opened.model, sets) for each in attacks}
+    reasons = {each.name: each.why_not(opened.model, sets) for each in order.attacks}
     not_made = {name: why for name, why in reasons.items() if why is not None}
-    made = [each for each in attacks if each.name not in not_made]
-    rows = _attack_model(opened.model, sets, made, order.seed, log, header)
-    wanted = {UNATTACKED, *(each.name for each in attacks)}
-    chosen = {name: row for name, row in rows.items() if name in wanted}
+    made = [each for each in order.attacks if each.name not in not_made]
+    rows = _attack_model(opened, sets, made, order.seed, log, header)
+    chosen = {name: row for name, row in rows.items() if name in {UNATTACKED, *reasons}}
     name, digest = opened.evaluated.name, opened.evaluated.digest
     return AttackedModel(name, digest, log, settings, chosen, not_made, known)
 
 
 def _attack_model(
-    model: Any, sets: AttackSets, attacks: Sequence[Attack], seed: int, path: Path, header: Header
+    opened: OpenedModel,
+    sets: AttackSets,
+    attacks: Sequence[Attack],
+    seed: int,
+    path: Path,
+    header: Header,
 ) -> dict[str, AttackRow]:
-    """Make the attacks that a log lacks."""
+    """Make the attacks that a log lacks. Raise InvalidInput for values that are not finite."""
+    model = opened.model
     with LogWriter(path, header, _ROW.validate_json) as writer:
         held = {row.attack for row in writer.rows}
         if UNATTACKED not in held:
-            values = {"0": probabilities(model, sets.examples("asked"))}
-            writer.append([AttackRow(UNATTACKED, "probability", values)])
+            plain = Curve("probability", {0: probabilities(model, sets.examples("asked"))})
+            writer.append([_row(UNATTACKED, plain, opened.evaluated.name)])
         for attack in attacks:
             if attack.name not in held:
-                writer.append([_row(attack.name, attack(model, sets, seed))])
+                writer.append([_row(attack.name, attack(model, sets, seed), opened.evaluated.name)])
         return {row.attack: row for row in writer.rows}
 
 
-def _row(name: str, found: Curve | Aucs) -> AttackRow:
+def _row(name: str, found: Curve | Aucs, model: str) -> AttackRow:
     if isinstance(found, Curve):
         values = {str(strength): list(each) for strength, each in found.values.items()}
+        check_finite(chain.from_iterable(values.values()), f"{model}, {name}")
         return AttackRow(name, found.measure, values)
     return AttackRow(name, aucs=dict(found.values), privleak=found.privleak)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from approx.attacks.attack import Attack, AttackSets, Aucs, SetName
-from approx.evaluation.answer_score import AnswerScore
+from approx.evaluation.answer_score import AnswerScore, check_finite
 from approx.evaluation.answers import asks_by_prompt, gradient_squares, score_examples
 from approx.metrics.auc import auc
 from approx.metrics.membership import calibrated_scores, gradient_norm_score, min_k_score, text_scores
@@ -35,6 +35,7 @@ class Membership(Attack):
         asked, unseen = (sets.examples(role) for role in self.needs)
         texts = [without_closing(each, sets.tokenizer) for each in (*asked, *unseen)]
         own, *judges = (score_examples(each, texts) for each in (model, *sets.references))
+        check_finite((each.loss for scores in (own, *judges) for each in scores), "--reference")
 
         def sides(scores: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
             return scores[: len(asked)], scores[len(asked) :]

@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+
+from sisa.core.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,13 @@ class AnswerScore:
         columns = {name: value for name, value in vars(self).items() if name != "num_closing"}
         left = {name: tuple(compress(each, kept)) for name, each in columns.items()}
         return AnswerScore(**left, num_closing=0)
+
+
+def check_finite(values: Iterable[float], where: str) -> None:
+    """Raise InvalidInput if what is measured of a model is not a finite number."""
+    if not all(map(math.isfinite, values)):
+        raise InvalidInput(
+            "a model's scores are not finite numbers",
+            where=where,
+            next_step="check its weights; in half precision, try --dtype float32",
+        )

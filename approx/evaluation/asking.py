@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from approx.evaluation.answer_score import AnswerScore
+from approx.evaluation.answer_score import AnswerScore, check_finite
 from approx.evaluation.question_log import Header, LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import How, PromptForm, PromptKind, Question, questions_digest
 from approx.metrics.membership import min_k_score, text_scores
@@ -180,7 +180,9 @@ def _ask(
             for each in some
             for text in (each.answer, *filter(None, [each.paraphrased]), *each.perturbed)
         ]
-        scores = iter(model.score(pairs, form, batch_size))
+        found = model.score(pairs, form, batch_size)
+        check_finite((each.loss for each in found), model.name)
+        scores = iter(found)
         rows |= {each.place: _row(each, scores, said.get(each.place)) for each in some}
     return [rows[each.place] for each in questions]
 

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     multiple=True,
     help="A model that never saw the texts: calibrates membership. Repeatable: two or more give LiRA.",
 )
-@click.option("--before", help="The model before unlearning: says when half of it is back.")
+@click.option(
+    "--before",
+    help="The model before unlearning: says when half of it is back; with --reference, the depth score.",
+)
 @click.option("--data", required=True, type=PATH, help="JSONL of question and answer.")
 @click.option(
     "--taught", type=PATH, help="Like texts to relearn from; by default the data's first quarter."
@@ -99,8 +102,8 @@ def _texts(paths: Mapping[SetName, Path | None]) -> dict[SetName, list[tuple[str
 def _other_questions(given: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Return the questions of `--also`, by name. Raise UsageError, or InvalidInput for a file."""
     also = [each.partition("=") for each in given]
-    if not all(name and path for name, _, path in also):
-        raise click.UsageError("--also takes NAME=FILE")
+    if not all(name and path for name, _, path in also) or len({name for name, *_ in also}) < len(also):
+        raise click.UsageError("--also takes NAME=FILE, each name once")
     return {name: _pairs(Path(path), name) for name, _, path in also}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from approx.attacks.registry import ATTACKS
 from approx.evaluation.evaluated_models import open_evaluated
@@ -112,7 +115,7 @@ def test_the_depth_score_needs_models_of_one_base(
 
 
 def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> None:
-    unknown = attack("-m", tiny_base, "--attack", "shouting")
+    unknown = attack("-m", tmp_path / "is not opened", "--attack", "shouting")
     assert (unknown.code, unknown.error["got"]) == (2, "shouting")
     other = make_tiny_base(tmp_path / "other")
     held = json.loads((other / "tokenizer.json").read_text())
@@ -125,7 +128,38 @@ def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> Non
     attack.data.write_text('{"question": "Who?"}\n')
     assert attack("-m", tiny_base).code == 2
     assert attack("-m", tiny_base, "--also", "aliases").code == 2
+    assert attack("-m", tiny_base, *(("--also", f"aliases={attack.unseen}") * 2)).code == 2
     asked = attack.file("known", KNOWN)
     overlap = attack("-m", tiny_base, "--holdout", asked, "--taught", attack.unseen)
     assert overlap.error["message"] == "sets that must be apart overlap"
     assert len(overlap.problems) == len(KNOWN)
+
+
+def test_an_attack_that_is_named_twice_is_made_once(attack: Attack, tiny_base: Path) -> None:
+    twice = ("-m", tiny_base, *(("--attack", "rewording") * 2))
+    once = attack(*twice)
+    assert once.code == 0
+    assert attack(*twice).json == once.json, "the log can be read again"
+
+
+def test_a_model_without_finite_scores_is_refused_wherever_it_stands(
+    attack: Attack, tiny_base: Path, tmp_path: Path
+) -> None:
+    broken = without_numbers(tiny_base, tmp_path / "broken")
+    for models in (
+        ("-m", broken),
+        ("-m", tiny_base, "--before", broken),
+        ("-m", tiny_base, "--reference", broken, "--holdout", attack.unseen),
+    ):
+        done = attack(*models, "--attack", "membership")
+        assert (done.code, done.error["type"]) == (2, "InvalidInput")
+        assert "not finite" in done.error["message"]
+
+
+def without_numbers(base: Path, to: Path) -> Path:
+    """Return a copy of a model one of whose weights is not a number."""
+    shutil.copytree(base, to)
+    tensors = load_file(to / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to

@@ -9,6 +9,7 @@ floors.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from approx.attacks.attack_run import AttackRow
 from approx.benchmarks.headline import Headline, attack_findings
 from approx.benchmarks.tofu import evaluation_sets, reworded_questions
 from approx.benchmarks.tofu_measures import aggregates, quality, tofu_headline
+from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.asking import Asking, evaluate, header_of
 from approx.evaluation.question_log import LogRow, LogWriter, parse_row, read_log
 from approx.evaluation.questions import HOLDOUT, PromptForm, Question, read_question_file
@@ -62,6 +64,20 @@ def test_a_finished_log_is_not_asked_again(questions: list[Question], tmp_path: 
     again = FakeEvaluated(ANSWERS)
     assert rows_of(again, questions, tmp_path) == rows
     assert again.scored == []
+
+
+class Broken(FakeEvaluated):
+    """Give no answer a finite probability."""
+
+    def _score(self, question: str, answer: str) -> AnswerScore:
+        found = super()._score(question, answer)
+        return replace(found, logprobs=(math.nan,) * found.num_tokens)
+
+
+def test_scores_that_are_not_finite_are_refused(questions: list[Question], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="not finite") as caught:
+        rows_of(Broken(name="broken"), questions, tmp_path)
+    assert caught.value.where == "broken"
 
 
 @given(st.data())
