@@ -26,6 +26,7 @@ C6 are of its news; other folds do as well, if the report names them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from approx.benchmarks.measures import Benchmark, Score
@@ -49,11 +50,9 @@ ANSWERED = How("completion", max_new_tokens=32, stops=("\n\n", "\nQuestion", "Qu
 
 def muse_questions(source: str, limit: int | None = None) -> list[Question]:
     """Return MUSE's questions. Raise as `read_questions`."""
-    shown = {
-        name: "".join(each.question for each in read_questions(source, MUSE_DATA, [_examples(name)]))
-        for name in ("forget", "retain")
-    }
+    shown: dict[str, list[str]] = {"forget": [], "retain": []}  # filled before a question needs them
     sets = [
+        *(StoredSet(f"knowmem/{name}_qa_icl", partial(_show, shown[name])) for name in shown),
         StoredSet("verbmem/forget", _passage, optional=True),
         *(StoredSet(f"knowmem/{name}_qa", partial(_asked, name, shown[name])) for name in shown),
         *(
@@ -64,12 +63,10 @@ def muse_questions(source: str, limit: int | None = None) -> list[Question]:
     return read_questions(source, MUSE_DATA, sets, limit)
 
 
-def _examples(name: str) -> StoredSet:
-    def make(number: int, row: StoredRow) -> Question:
-        question, answer = texts_of(row, "question", "answer")
-        return Question(name, number, f"Question: {question}\nAnswer: {answer}\n\n", answer)
-
-    return StoredSet(f"knowmem/{name}_qa_icl", make)
+def _show(shown: list[str], _number: int, row: StoredRow) -> None:
+    """Add an example to those that stand before each question; it is none itself."""
+    question, answer = texts_of(row, "question", "answer")
+    shown.append(f"Question: {question}\nAnswer: {answer}\n\n")
 
 
 def _passage(number: int, row: StoredRow) -> Question:
@@ -77,9 +74,9 @@ def _passage(number: int, row: StoredRow) -> Question:
     return Question("verbmem", number, prompt, f" {truth}", how=CONTINUED)  # cut between words
 
 
-def _asked(name: str, shown: str, number: int, row: StoredRow) -> Question:
+def _asked(name: str, shown: Sequence[str], number: int, row: StoredRow) -> Question:
     question, answer = texts_of(row, "question", "answer")
-    prompt = f"{shown}Question: {question}\nAnswer:"
+    prompt = f"{''.join(shown)}Question: {question}\nAnswer:"
     return Question(f"knowmem {name}", number, prompt, f" {answer}", how=ANSWERED)
 
 

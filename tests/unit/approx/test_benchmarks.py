@@ -225,6 +225,15 @@ def test_bad_rows_are_refused_all_at_once(name: str, tmp_path: Path) -> None:
         CASES[name].benchmark.read(str(tmp_path / "bad" / "absent"), None)
 
 
+def test_every_file_that_muse_lacks_is_listed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        muse_questions(str(tmp_path))
+    names = [f"knowmem/{name}_qa{ending}" for ending in ("_icl", "") for name in ("forget", "retain")]
+    assert [(each.where, each.what) for each in raised.value.problems] == [
+        (f"{name}.jsonl", "missing") for name in names
+    ]
+
+
 def test_references_of_other_questions_are_refused(tmp_path: Path) -> None:
     questions = asked("muse", tmp_path)
     rows = log_of("muse", questions, questions, tmp_path)
