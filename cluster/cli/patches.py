@@ -96,7 +96,7 @@ def methods_listed(found: Sequence[Mapping[str, Any]]) -> Result:
         lines += [
             f"approximate method {each['name']}{chosen}, {each['family']}: {each['paper']}",
             f"    needs: {needs_in_words(each['needs'])}",
-            f"    defaults: {defaults_in_words(each['defaults'])}",
+            f"    defaults: {values_in_words(each['defaults']) or 'none'}",
         ]
     return Result({"approximate": True, "default": METHOD, "methods": list(found)}, lines)
 
@@ -104,28 +104,28 @@ def methods_listed(found: Sequence[Mapping[str, Any]]) -> Result:
 def needs_in_words(needs: Mapping[str, Any]) -> str:
     """Return what a method needs besides the forget set.
 
-    >>> needs_in_words({"retain": True, "reference": False, "preferred": "refusals"})
-    'retain set, refusals'
+    >>> needs_in_words({"retain": True, "reference": True, "preferred": "refusals"})
+    'retain set, unpatched base, refusals'
     """
-    found = {"retain set": needs["retain"], "reference": needs["reference"]}
+    found = {"retain set": needs["retain"], "unpatched base": needs["reference"]}
     names = [name for name, is_needed in found.items() if is_needed]
     names += [needs["preferred"]] if needs["preferred"] else []
     return ", ".join(names) or "nothing else"
 
 
-def defaults_in_words(defaults: Mapping[str, Any]) -> str:
-    """Return a method's default hyper-parameters; of a list its ends.
+def values_in_words(values: Mapping[str, Any]) -> str:
+    """Return values by name, as `--set` takes them; of the scales of task arithmetic the ends.
 
-    >>> defaults_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 64.0), "retain_loss": "nll"})
+    >>> values_in_words({"beta": 0.1, "alpha": None, "alphas": (0.05, 1.0, 64.0), "retain_loss": "nll"})
     'beta 0.1, alpha null, alphas 0.05 to 64.0, retain_loss nll'
     """
 
-    def shown(value: Any) -> str:
-        if isinstance(value, tuple):
+    def shown(name: str, value: Any) -> str:
+        if name == "alphas":
             return f"{value[0]} to {value[-1]}"
         return value if isinstance(value, str) else json.dumps(value)
 
-    return ", ".join(f"{key} {shown(value)}" for key, value in defaults.items()) or "none"
+    return ", ".join(f"{name} {shown(name, value)}" for name, value in values.items())
 
 
 @command("unlearn", '-m model --forget texts.jsonl --consent "asked on 2026-11-01"', group=approx)
@@ -134,7 +134,7 @@ def defaults_in_words(defaults: Mapping[str, Any]) -> str:
 @click.option(
     "--request", "requests", multiple=True, help="A request whose text is in the vault. Repeatable."
 )
-@click.option("--retain", type=PATH, help="Records to keep; by default the base's answers.")
+@click.option("--retain", type=PATH, help="Records to keep, beside the base's own answers.")
 @click.option(
     "--reference",
     default="",
@@ -152,8 +152,8 @@ def defaults_in_words(defaults: Mapping[str, Any]) -> str:
     "assigned",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A hyper-parameter of the method, or of the run: num_epochs, max_steps, learning_rate, "
-    "batch_size, seed, lora_r and others. Repeatable.",
+    help="A hyper-parameter of the method, or of the run: num_rounds, max_steps (of a round), "
+    "learning_rate, batch_size, seed, lora_r and others. Repeatable.",
 )
 @click.option(
     "--max-seconds", type=click.FloatRange(0), help="Suspend the run after this time (exit code 6)."
@@ -304,8 +304,11 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
     if report.get("still_known", {}).get("after"):
-        yield "  the texts stay in the vault, so you can try again, on top of this patch or after"
-        yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
+        made = ", on top of this patch or after `sisa approx revert`" * bool(report.get("patch_made"))
+        yield f"  the texts stay in the vault, so you can try again{made}:"
+        diverged = report.get("ending") == "diverged"
+        way = "a lower learning_rate" if diverged else "a larger --max-utility-drop, more num_rounds"
+        yield f"  {way}, or another --method"
         yield f"  to erase them instead: sisa approx release {of_model(directory)} --all"
 
 
@@ -315,23 +318,21 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
         counts = f"{found['after']} of {found['of']} probed texts (before: {found['before']})"
         yield f"  still known: {counts}: {report.get('outcome')}"
     before, after = report.get("metrics_before", {}), report.get("metrics_after", {})
-    sets = report.get("sets", {})
+    reference, sets = report.get("metrics_reference", {}), report.get("sets", {})
+
+    def change(name: str) -> str:
+        beside = f" (reference {_number(reference[name])})" if name in reference else ""
+        return f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}{beside}"
+
     roles = {
         "forget": f"{sets.get('num_forget_measured')} of {sets.get('num_forget')} texts",
         "retain": f"{sets.get('num_judged_measured')} texts that were not trained on; "
         f"{sets.get('num_retain')} were, {sets.get('retain')}",
     }
     for role, what in roles.items():
-        changes = [
-            f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
-            for name in NAMES
-            if name.startswith(role) and name in before and name in after
-        ]
-        if changes:
-            yield f"  {role} set ({what}): " + ", ".join(changes)
-    if reference := report.get("metrics_reference"):
-        own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
-        yield "  reference: " + ", ".join(own)
+        measured = [each for each in NAMES if each.startswith(role) and each in before and each in after]
+        if measured:
+            yield f"  {role} set ({what}): " + ", ".join(map(change, measured))
     if "forget_extraction_floor" in before:
         floor = _number(before["forget_extraction_floor"])
         yield f"    (knowing nothing of these texts scores an extraction strength of {floor})"
@@ -441,7 +442,7 @@ def show_patch(directory: Path, version: int) -> Result:
             return patch_shown(each, over)
     raise InvalidInput(
         "there is no such patch",
-        expected=f"a version from 1 to {len(found)}" if found else "no patch was ever wanted",
+        expected=f"a version from 1 to {len(found)}" if found else "",
         got=str(version),
         next_step="`sisa approx patches` lists them",
     )
@@ -460,7 +461,7 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
         return Result(body, [*lines, "  not made yet: `sisa approx unlearn` continues it"])
     blocks = ("hyperparameters", "settings", "selection", "bounds")
     given = {name: value for block in blocks for name, value in report.get(block, {}).items()}
-    lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
+    lines.append(f"  {report.get('method')}: {values_in_words(given)}")
     limits = (f"    - {each}" for each in report.get("limits", []))
     return Result(body, [*lines, *_measures(report), "  limits:", *limits])
 

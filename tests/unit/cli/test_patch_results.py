@@ -109,12 +109,29 @@ def test_a_report_read_from_json_lists_attacks_in_the_same_order() -> None:
 
 def test_what_is_still_known_is_reported_and_ends_with_7() -> None:
     left = {"outcome": "held back by the bound", "still_known": {"before": 4, "after": 2, "of": 4}}
-    report = {**REPORT, **left}
+    report = {**REPORT, **left, "patch_made": True}
     done = Unlearnt(replace(PATCH, report=report), False, report, 0, 1)
     result = patches.unlearnt(done, Path("model"))
     assert result.exit_code == 7
     assert "still known: 2 of 4 probed texts (before: 4): held back by the bound" in result.text
-    assert "the texts stay in the vault" in result.text
+    assert "on top of this patch" in result.text
+    assert "--max-utility-drop" in result.text
+
+
+def test_a_run_that_diverged_is_tried_again_at_a_lower_rate() -> None:
+    left = {"outcome": "still known", "still_known": {"before": 4, "after": 4, "of": 4}}
+    report = {**REPORT, **left, "ending": "diverged", "patch_made": False}
+    result = patches.unlearnt(Unlearnt(None, False, report, 0, 1), Path("model"))
+    assert "a lower learning_rate" in result.text
+    assert "this patch" not in result.text
+    assert "revert" not in result.text
+
+
+def test_a_reference_stands_beside_each_measure() -> None:
+    report = {**REPORT, "metrics_reference": {"forget_probability": 0.004, "retain_utility": 0.5}}
+    text = patches.patch_shown(replace(PATCH, report=report), ()).text
+    assert "probability 0.9000 -> undefined (reference 0.0040)" in text
+    assert "utility 0.5000 -> 0.4000 (reference 0.5000)" in text
 
 
 @pytest.mark.parametrize("patch", [None, PATCH])
