@@ -1,1 +1,1 @@
-"""Evaluation of models: TOFU, its log and aggregates, scores of answers, and the probe of the base."""
+"""Evaluation of models: questions and their log, answers and their scores, and the probe of the base."""

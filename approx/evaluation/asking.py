@@ -146,8 +146,8 @@ def evaluate(
 ) -> list[LogRow]:
     """Ask the questions that the log lacks, and return all rows in the order of the questions.
 
-    `header` is that of another benchmark than TOFU (`header_of`).
-    Raise ConfigConflict for a log of another evaluation, and whatever the model raises.
+    Without a `header` the log is one of TOFU. Raise InvalidInput for scores that are not finite,
+    ConfigConflict for a log of another evaluation, and whatever the model raises.
     """
     with LogWriter(log, header or header_of(model, questions, settings), parse_row) as writer:
         held = {row.place for row in writer.rows}

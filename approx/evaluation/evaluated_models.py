@@ -241,7 +241,7 @@ def check_readable(
             problems.append(Problem(f"{each.set} {each.idx}", f"{max(lengths)} tokens"))
     if problems:
         raise InvalidInput(
-            f"{len(problems)} questions with their answers are longer than the model can read",
+            "questions with their answers are longer than the model can read",
             where=model.name,
             expected=f"at most {limit} tokens",
             next_step="lower --max-new-tokens, or leave these sets out",

@@ -51,8 +51,10 @@ class PromptForm:
         if before.count(QUESTION) != 1 or not found or after:
             raise InvalidInput(
                 "the template can't be used",
+                where="--template",
                 expected="{question} once, and {answer} at the end",
                 got=self.template,
+                next_step="correct the template",
             )
 
     def fill(self, question: str, answer: str) -> tuple[str, str]:

@@ -7,9 +7,9 @@ whole batch.
 
 A method is a frozen dataclass. Making one with values for which its loss is not defined raises
 InvalidInput with all of them. The reference is the model as it was before. A loss holds no state, draws
-no random number and never sees a model; `apply` does, and what prepares it. A retain term of weight 0 is
-not computed. Where a weight changes from step to step, the method computes the next one, and the loop
-holds it.
+no random number and never sees a model; the model is for `apply` and what prepares it. A retain term of
+weight 0 is not computed. Where a weight changes from step to step, the method computes the next one, and
+the loop holds it.
 
 A mean over tokens runs over all answer tokens of the batch, and a mean over examples over its rows;
 prompt and padding never count (TOFU and open-unlearning average the KL over both, so that its weight
@@ -111,10 +111,10 @@ class Method:
                               on a tiny base from 0.03 to 1.6 (CE-U) and 0.9 (UNDIAL), and with one to
                               0.04 to 0.08
 
-    and `compares_answers` are the sets for which F needs the reference's log-probability of each whole
-    answer, which is the same at every step. A method that does otherwise than step down its loss says
-    so in `apply`, `write_preferred`, `layer_effects`, `adapter_values` and `patch_problems`; callers
-    never ask which kind it is.
+    The property `compares_answers` names the sets for which F needs the reference's log-probability of
+    each whole answer, which is the same at every step. A method that does otherwise than step down its
+    loss says so in `apply`, `write_preferred`, `layer_effects`, `adapter_values` and `patch_problems`;
+    callers never ask which kind it is.
     """
 
     name: ClassVar[str]

@@ -9,9 +9,10 @@
     retain_utility                exp(-mean NLL) over all answer tokens together, from 0 to 1;
                                   `max_utility_drop` bounds it
 
-The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED
-are continued, and of the retain set those that were not trained on. Measures of tokens leave out the
-tokens that close an answer (end token, line break); probabilities include them. No result holds a text.
+The same texts are measured before and after: the first MAX_MEASURED of a set, and of the retain set
+those that were not trained on. The first MAX_CONTINUED answers are continued from their prompts, up to
+MAX_CONTINUATION_TOKENS tokens. Measures of tokens leave out the tokens that close an answer (end token,
+line break); probabilities include them. No result holds a text.
 
 Robustness is the probability of the answers after the easiest attacks:
 

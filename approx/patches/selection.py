@@ -13,8 +13,8 @@ same share of the heads of these layers. The score of a module under `fisher` is
     tr F_forget / tr F_retain,   tr F = mean over examples of |d log p(answer) / d W|^2
 
 the trace of the diagonal of the empirical Fisher information, with the mean log-probability of the
-answer's tokens. At most MAX_SCORED examples of each set count. A score needs a gradient for each
-example; the cost of a selection is in seconds of the making of a patch, and not in its operations.
+answer's tokens. At most MAX_SCORED examples of each set count, one gradient for each. The cost in a
+patch's report leaves the selection out.
 
 Source: Foster et al. 2024, "Fast machine unlearning without retraining through selective synaptic
 dampening" (arXiv 2308.07707), section 3, which compares both diagonals weight by weight and shrinks

@@ -1,1 +1,1 @@
-"""What methods run with: examples, schedule, the loop, edits, bounds and cost."""
+"""What methods run with: examples, schedule, the loop, bounds and cost, causal tracing, saved runs."""

@@ -8,8 +8,8 @@ them trained, and D positions:
     backward, trained weights  2 P D       so 6 N D for full weights (Kaplan et al. 2020)
 
 A patch saves the backward pass of the weights, not that of the activations. The estimate leaves out the
-part of attention that grows with the square of the length, optimizer steps, and the caller's measure of
-utility (whose seconds are counted).
+part of attention that grows with the square of the length, optimizer steps, and the caller's measures
+of utility and knowledge (whose seconds are counted).
 
 >>> Compute(num_parameters=10, num_trained=10, tokens_trained=5, tokens_forward=0).flops
 300

@@ -3,8 +3,9 @@
 AltPO prefers them to the forget answers (`methods/preference/altpo.py`). An alternate is drawn from the
 base's own distribution: what it says to the same question about an invented person, with the names put
 back. So it has the form of the forgotten answer, and its facts are made up. A question that names nobody
-is asked as it is. A draw that repeats the answer to forget is drawn again, at a higher temperature each
-time; a base that says nothing else at any of them is refused. The same fact in other words may pass.
+is asked as it is. A draw that repeats the answer to forget is drawn again, up to four times and at last
+at higher temperatures; a base that still says nothing else is refused. The same fact in other words may
+pass.
 
 The paper's authors ask an instruction-tuned model for another version of the given answer. A base here
 need not follow instructions, and its prompt would hold the answer to forget.
