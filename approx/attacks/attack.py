@@ -19,14 +19,14 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftModel
 
-from approx.evaluation.answers import asks_by_prompt, score_examples
+from approx.evaluation.answers import asks_by_prompt, examples_of, score_examples
 from approx.metrics.auc import Auc
 from approx.metrics.privleak import PrivLeak
 from approx.metrics.probability import probability
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
-from sisa.lm.base.tokens import Tokens, spans, tokenize
+from sisa.lm.base.tokens import Tokens, spans
 
 SetName = Literal["asked", "taught", "others", "holdout"]
 Strength = int | str
@@ -68,8 +68,8 @@ class AttackSets:
         return found
 
     def tokens(self, records: Sequence[Record]) -> list[Tokens]:
-        """Return records as examples, as `cut` does."""
-        return self.cut([tokenize(each, self.tokenizer, train_on_inputs=False) for each in records])
+        """Return records as examples, as `cut` does. Raise InvalidInput as `examples_of`."""
+        return self.cut(examples_of(records, self.tokenizer))
 
     def cut(self, examples: Sequence[Tokens]) -> list[Tokens]:
         """Cut examples to `sequence_len` tokens, and leave out those that keep no answer token."""

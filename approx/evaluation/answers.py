@@ -31,7 +31,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from approx.evaluation.answer_score import AnswerScore
-from sisa.lm.base.tokens import NO_LOSS, Tokens
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput, Problem
+from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, tokenize
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,25 @@ def answered(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
     Tokens(input_ids=[5, 6, 7], labels=[-100, -100, 7])
     """
     return Tokens([*prompt, *answer], [NO_LOSS] * len(prompt) + list(answer))
+
+
+def examples_of(records: Sequence[Record], tokenizer: Any) -> list[Tokens]:
+    """Return records as examples, with loss on their answers only.
+
+    Raise InvalidInput listing every record that can't be tokenized.
+    """
+    found: list[Tokens] = []
+    problems = []
+    for number, record in enumerate(records, 1):
+        try:
+            found.append(tokenize(record, tokenizer, train_on_inputs=False))
+        except Untokenizable as error:
+            problems.append(Problem(f"answer {number} of {len(records)}", str(error)))
+    if problems:
+        raise InvalidInput(
+            "answers can't be scored", problems=problems, next_step="choose another prompt form"
+        )
+    return found
 
 
 def logits_at(model: Any, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from approx.evaluation.answer_score import AnswerScore
 from approx.evaluation.answer_tree import can_branch, lay_trees, tree_of, tree_scores
+from approx.evaluation.answers import examples_of
 from approx.evaluation.asking import Asking
 from approx.evaluation.continuations import continue_greedily
 from approx.evaluation.questions import PromptForm, PromptKind, Question
@@ -40,11 +41,9 @@ from sisa.lm.base.low_rank import read_tensors
 from sisa.lm.base.tokens import (
     NO_LOSS,
     Tokens,
-    Untokenizable,
     encode_prompt,
     end_tokens,
     form_alone,
-    tokenize,
     without_closing,
 )
 from sisa.lm.base.weights import base_digest, load_frozen, load_tokenizer, resolve_base, stored_model
@@ -268,18 +267,7 @@ def tokens_of(
 
     Raise InvalidInput listing every failure.
     """
-    found: list[Tokens] = []
-    problems = []
-    for number, record in enumerate(records_of(pairs, form)):
-        try:
-            found.append(tokenize(record, tokenizer, train_on_inputs=False))
-        except Untokenizable as error:
-            problems.append(Problem(f"answer {number + 1} of {len(pairs)}", str(error)))
-    if problems:
-        raise InvalidInput(
-            "answers can't be scored", problems=problems, next_step="choose another prompt form"
-        )
-    return found
+    return examples_of(records_of(pairs, form), tokenizer)
 
 
 def records_of(

@@ -173,6 +173,13 @@ def _parsed(data: bytes, path: Path, parse: Callable[[bytes], _Row]) -> tuple[He
         try:
             row = parse(line)
         except ValueError:
+            if number == 1:
+                raise InvalidInput(
+                    "the file is not a log",
+                    where=str(path),
+                    expected="a header in its first line",
+                    next_step="name another file, or another directory of logs",
+                ) from None
             raise IntegrityError("a log is damaged", where=where, next_step=NEXT_STEP) from None
         if row.place in rows:
             raise IntegrityError("a log holds a question twice", where=where, next_step=NEXT_STEP)

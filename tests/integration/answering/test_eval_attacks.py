@@ -125,6 +125,13 @@ def test_what_is_refused(attack: Attack, tiny_base: Path, tmp_path: Path) -> Non
     mismatched = attack("-m", tiny_base, "--reference", other)
     assert (mismatched.code, mismatched.error["type"]) == (2, "InvalidInput")
     assert "another tokenizer" in mismatched.error["message"]
+    (other / "chat_template.jinja").unlink(missing_ok=True)
+    for file in ("tokenizer_config.json", "tokenizer.json"):
+        held = json.loads((other / file).read_text())
+        held.pop("chat_template", None)
+        (other / file).write_text(json.dumps(held))
+    untold = attack("-m", other, "--prompt", "chat")
+    assert (untold.code, len(untold.problems)) == (2, len(KNOWN) - len(KNOWN) // 4)
     attack.data.write_text('{"question": "Who?"}\n')
     assert attack("-m", tiny_base).code == 2
     assert attack("-m", tiny_base, "--also", "aliases").code == 2

@@ -150,6 +150,10 @@ def test_a_damaged_log_is_refused(questions: list[Question], whole: bytes, tmp_p
     path.write_bytes(b"".join(lines[1:]))
     with pytest.raises(InvalidInput, match="not a log that can be continued"):
         evaluate(KNOWS_ALL, questions, path, SETTINGS)
+    path.write_text('{"question": "Who?", "answer": "Ada."}\n')
+    for read in (lambda: evaluate(KNOWS_ALL, questions, path, SETTINGS), lambda: read_log(path)):
+        with pytest.raises(InvalidInput, match="not a log"):
+            read()
 
 
 @pytest.mark.parametrize(
