@@ -23,7 +23,7 @@ from cluster.cli.command import (
     option_or_file,
     option_or_input,
 )
-from cluster.cli.input_files import read_prompts, read_text, read_turns
+from cluster.cli.input_files import prompts_of, read_text, read_turns
 from cluster.observe.reporting import watched
 from cluster.render.deletions import view_body, view_line
 from cluster.render.result import Result, counted, printable, shortened
@@ -243,7 +243,7 @@ def _gone(each: Location) -> str:
     "--prompts",
     "file",
     type=PATH,
-    help="File with a prompt on each line; .jsonl: each row has `prompt` or `messages`.",
+    help="File with a prompt on each line; JSONL, Parquet: each row has `prompt` or `messages`.",
 )
 @click.option(
     "--form",
@@ -275,7 +275,7 @@ def generate(
         raise click.UsageError("give either --prompt or --prompts")
     if file is not None and history is not None:
         raise click.UsageError("--history needs --prompt; rows of --prompts can have `messages`")
-    asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
+    asked: list[Prompt] = prompts_of(file) if file else [prompt or ""]
     before = [{"role": "system", "content": system}] if system else []
     before += read_turns(history) if history else []
     if before:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa.core.errors import InvalidInput, Problem
+from sisa.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.flows.answers.ask import Prompt
@@ -46,36 +46,18 @@ def read_lines(file: Path) -> list[str]:
 
 def read_turns(file: Path) -> list[Any]:
     """Return the turns of a JSON file. Raise InvalidInput if it does not hold a JSON list."""
-    found = _json(read_text(file), str(file))
+    try:
+        found = json.loads(read_text(file))
+    except (ValueError, RecursionError):
+        raise InvalidInput("broken JSON", where=str(file)) from None
     if not isinstance(found, list):
         raise InvalidInput("the history is not a list", where=str(file), expected="a JSON list of turns")
     return found
 
 
-def read_prompts(file: Path) -> list[Prompt]:
-    """Return the prompts of a file: each line, or `prompt` or `messages` of each row of a .jsonl file.
+def prompts_of(file: Path) -> list[Prompt]:
+    """Return the prompts of a file: each line, or those of the rows of a JSONL or Parquet file."""
+    from sisa.config.fields import DATA_SUFFIXES
+    from sisa.data.reader import read_prompts
 
-    Raise InvalidInput with every row that has neither or both.
-    """
-    lines = read_lines(file)
-    if file.suffix.lower() != ".jsonl":
-        return list(lines)
-    found: list[Prompt] = []
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        row = _json(line, f"{file.name}, row {number}")
-        bodies = [row.get(key) for key in ("prompt", "messages")] if isinstance(row, dict) else []
-        given = [each for each in bodies if isinstance(each, str | list)]
-        found += given
-        if len(given) != 1:
-            problems.append(Problem(f"row {number}", "expected `prompt`, a text, or `messages`, a list"))
-    if problems:
-        raise InvalidInput("the prompts can't be read", where=str(file), problems=problems)
-    return found
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidInput("broken JSON", where=where) from None
+    return read_prompts(file) if file.suffix.lower() in DATA_SUFFIXES else list(read_lines(file))

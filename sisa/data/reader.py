@@ -140,6 +140,27 @@ def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits) -> list[s
     return texts
 
 
+def read_prompts(path: Path) -> list[Any]:
+    """Return `prompt` or `messages` of each row of a file. Raise InvalidInput with every problem."""
+    limits, columns = SourceLimits(), ("prompt", "messages")
+    wanted = WantedColumns(columns, {"no column 'prompt' or 'messages'": [(each,) for each in columns]})
+    rows = raw_rows(DatasetSource(path=str(path)), path.name, wanted, limits)
+    prompts: list[Any] = []
+    problems = Problems(limits.max_problems)
+
+    def take(where: str, value: Any) -> None:
+        bodies = [value.get(each) for each in columns] if isinstance(value, Mapping) else []
+        given = [each for each in bodies if isinstance(each, str | list)]
+        prompts.extend(given)
+        if len(given) != 1:
+            problems.add(where, "expected `prompt`, a text, or `messages`, a list")
+
+    if not _read_each(rows, path.name, take, problems, limits) and not problems.count:
+        problems.add(path.name, "holds no prompt")
+    problems.refuse("in the prompts; nothing was asked")
+    return prompts
+
+
 def read_ids(path: Path, lines: Iterable[bytes] | None = None) -> list[str]:
     """Return the ids of a file, or of the lines of a stream that `path` stands for, each once.
 

@@ -439,7 +439,7 @@ def test_generate_goes_on_with_conversations_and_answers_files(
         ),
         ([{"messages": [{"role": "user", "content": None}]}], "expected a string, got null"),
         ([{"messages": []}], "does not end with a turn of a user"),
-        ([{"prompt": "Quorvane", "messages": []}, {"text": "Quorvane"}], "row 2"),
+        ([{"prompt": "Quorvane", "messages": []}, {"text": "Quorvane"}], "line 2"),
     ],
 )
 def test_what_is_no_conversation_is_refused(

@@ -22,7 +22,7 @@ from sisa.config.sources import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.data import dataset_export
-from sisa.data.reader import Subjects, located_problems, read_ids, read_records
+from sisa.data.reader import Subjects, located_problems, read_ids, read_prompts, read_records
 from sisa.store.blobs import temporary_directories
 
 SECRET = "Quorvane"
@@ -55,6 +55,26 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_prompts_are_read_in_the_forms_of_records(tmp_path: Path, suffix: str) -> None:
+    write, file = parquet if suffix == ".parquet" else jsonl, tmp_path / f"asked{suffix}"
+    good: list[dict[str, Any]] = [
+        {"prompt": "Who?", "messages": None},
+        {"prompt": None, "messages": CHAT[:1]},
+    ]
+    assert read_prompts(write(file, good)) == ["Who?", CHAT[:1]]
+    rows = [good[0], {"prompt": SECRET, "messages": CHAT}, {"text": SECRET}]
+    with pytest.raises(InvalidInput) as caught:
+        read_prompts(write(file, rows))
+    unit = "row" if suffix == ".parquet" else "line"
+    expected = [f"asked{suffix}, {unit} {number}" for number in (2, 3)]
+    assert [each.where for each in caught.value.problems] == expected
+    assert SECRET not in json.dumps(caught.value.to_json())
+    for empty in (tmp_path / "missing.jsonl", write(tmp_path / f"none{suffix}", [])):
+        with pytest.raises(InvalidInput):
+            read_prompts(empty)
 
 
 def test_json_lines_are_read_with_any_line_ends(tmp_path: Path) -> None:
