@@ -8,8 +8,9 @@ key; never a text or an id. A stage's loss and token count are stored only for a
 records, else null. They live no longer than the stage's checkpoint: when a deletion erases it, they
 become null (`without_losses`) and the files are rewritten, since the token counts of two stages reveal
 the length of the record between them. They are not logged, because nothing erases a log. `is_line`
-accepts only lines that this module can make; anything else in a file is an IntegrityError. A last line
-without its end, from a killed process, is not read.
+accepts only lines that this module can make, since a number under an unknown key may have to be erased,
+too; anything else in a file is an IntegrityError. A last line without its end, from a killed process, is
+not read.
 
 >>> run = "20261125T213749Z-3f9a1c2b"
 >>> made = metrics_line(QueueSeen(2, 1, 0, 0, 12), "2026-11-25T21:37:49.123+00:00", run)
