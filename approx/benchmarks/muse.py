@@ -8,9 +8,9 @@
     C6 sustainability   C1 to C4 over models after one request, two, ... in order
 
 A directory has `verbmem/forget.jsonl` (prompt, gt), `knowmem/forget_qa.jsonl`, `retain_qa.jsonl` and
-their `_icl` examples (question, answer), `privleak/forget.jsonl`, `holdout.jsonl` and `retain.jsonl`
-(text). On the hub (`muse-bench/MUSE-News`, `muse-bench/MUSE-Books`) folders are configurations and files
-splits. What the source lacks is left out, but for the questions.
+their `_icl` examples (question, answer), `privleak/forget.jsonl` and `holdout.jsonl` (text). On the hub
+(`muse-bench/MUSE-News`, `muse-bench/MUSE-Books`) folders are configurations and files splits. Passages
+and texts may be missing; questions and their examples may not.
 
 Prompts are raw text, without a chat template, as in the published code: "Question: ... Answer: ...",
 examples first. Answers end before an empty line or another question.

@@ -8,7 +8,7 @@
 A term's probability is that of its tokens after the prompt, p = exp(sum log p(token)); a prompt's is
 the sum over its terms. A directory has `completions.jsonl` (prompt, references: [term]) and
 `probabilities.jsonl` (prompt, idiosyncratic: [term], generic: [term]); `utility.jsonl` (question,
-answer) is optional, and `holdout` texts are not used.
+answer) is optional.
 
 Source: Eldan and Russinovich 2023, arXiv 2310.02238, section 4: completion-based and probability-based
 familiarity.
