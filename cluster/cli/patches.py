@@ -196,10 +196,10 @@ def unlearn(
     import sisa.unlearn
 
     values = assignments(assigned)
-    if max_utility_drop is not None:
-        values["max_utility_drop"] = max_utility_drop
-    if selection is not None:
-        values["selection"] = selection
+    for name, value in (("max_utility_drop", max_utility_drop), ("selection", selection)):
+        if value is not None and name in values:
+            raise click.UsageError(f"{name}: give the option or --set, not both")
+        values |= {} if value is None else {name: value}
     asked = forget is not None or bool(requests)
     if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to continue with a patch give neither")

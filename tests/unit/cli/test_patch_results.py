@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import patches
+from cluster.cli.cli import run
 from cluster.render.result import Result
 from sisa.core.patches import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.flows.patches.patching import Unlearnt
@@ -132,6 +133,12 @@ def test_a_reference_stands_beside_each_measure() -> None:
     text = patches.patch_shown(replace(PATCH, report=report), ()).text
     assert "probability 0.9000 -> undefined (reference 0.0040)" in text
     assert "utility 0.5000 -> 0.4000 (reference 0.5000)" in text
+
+
+def test_a_setting_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--selection", "fisher", "--set", "selection=all"]
+    assert run(["approx", "unlearn", "-m", "no-model", "--forget", "no-file", *both]) == 2
+    assert "selection: give the option or --set, not both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("patch", [None, PATCH])
