@@ -154,6 +154,12 @@ class Attack:
                 return f"needs {number}: --{'data' if role == 'asked' else role}"
         return None
 
+    def check(self, model: Any, sets: AttackSets) -> None:
+        """Raise InvalidInput if the attack can't be made on a model."""
+        if why := self.why_not(model, sets):
+            next_step = "give what it needs, or leave the attack out"
+            raise InvalidInput(f"the attack {why}", where=self.name, next_step=next_step)
+
 
 def probabilities(model: Any, examples: Sequence[Tokens]) -> list[float]:
     """Return the probability of each example's answer, per token."""

@@ -22,7 +22,6 @@ from approx.attacks.attack import Attack, AttackSets, Curve
 from approx.evaluation.answers import AnswerBatch, asks_by_prompt, collate, model_logprobs_B
 from approx.metrics.depth import depth_score
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
-from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, without_closing
 
 
@@ -45,13 +44,7 @@ class Depth(Attack):
         return None
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Curve:  # noqa: ARG002
-        if sets.before is None or not sets.references:
-            raise InvalidInput(
-                "the depth score lacks a model",
-                where="before and references",
-                expected="the model before unlearning, and one that never saw the texts",
-                next_step="give both, or leave the attack out",
-            )
+        self.check(model, sets)
         asked = [without_closing(each, sets.tokenizer) for each in sets.examples("asked")]
         sources = (sets.references[0], model)
         scores = [
@@ -69,15 +62,8 @@ def of_one_shape(*models: Any) -> bool:
 def patched_gaps(target: Any, source: Any, example: Tokens) -> list[float]:
     """Return how much likelier the answer is to `target` than with each layer's states of `source`.
 
-    In nats per token, from the lowest layer up. Raise InvalidInput for models of different shape.
+    In nats per token, from the lowest layer up, for models of one shape.
     """
-    if not of_one_shape(target, source):
-        raise InvalidInput(
-            "the models have layers of different number or width",
-            where="before and references",
-            expected="models of one base",
-            next_step="give models of one base, or leave the attack out",
-        )
     batch = collate([example]).to(target.device)
     columns_K = batch.at_answers()[1]
     seen: list[Seen] = []

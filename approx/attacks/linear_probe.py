@@ -31,7 +31,6 @@ from approx.evaluation.answers import answered, collate, logits_at
 from approx.metrics.auc import auc
 from approx.metrics.membership import Array
 from approx.unlearning.hidden_states import Seen, decoder_layers, hooked
-from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import Tokens, answers
 
 FOLDS = 5
@@ -46,14 +45,8 @@ class LinearProbe(Attack):
     on_weights: ClassVar[bool] = True
 
     def __call__(self, model: Any, sets: AttackSets, seed: int) -> Aucs:
+        self.check(model, sets)
         pairs = [answers(each, sets.tokenizer)[0] for each in sets.examples("asked")]
-        if len(pairs) < self.least:
-            raise InvalidInput(
-                "a probe needs more texts",
-                where="asked",
-                expected=f"{self.least} or more",
-                got=str(len(pairs)),
-            )
         folds = folds_of(len(pairs))
         swapped = {at: fold[(place + 1) % len(fold)] for fold in folds for place, at in enumerate(fold)}
         own = states_LND(model, [answered(*pair) for pair in pairs])

@@ -214,7 +214,7 @@ def test_the_depth_score_is_0_of_the_model_itself_and_1_of_one_that_never_saw(
     assert 0 < fmean(Depth()(half, judged, seed=0).values["all"]) < 1
     nothing_to_erase = Depth()(plain, replace(judged, references=[model]), seed=0)
     assert (nothing_to_erase.values, nothing_to_erase.means) == ({"all": []}, {})
-    with pytest.raises(InvalidInput, match="lacks a model"):
+    with pytest.raises(InvalidInput, match="needs two models"):
         Depth()(model, replace(sets, before=model), seed=0)
 
 
@@ -254,7 +254,7 @@ def test_a_probe_tells_what_is_known_in_the_upper_layers(model: Any, sets: Attac
     found = LinearProbe()(model, sets, seed=0).values
     assert list(found) == ["layer 0", "layer 1"]
     assert all(each.num_members == len(ASKED) for each in found.values())
-    with pytest.raises(InvalidInput, match="more texts"):
+    with pytest.raises(InvalidInput, match="needs 4 texts or more"):
         LinearProbe()(model, replace(sets, asked=ASKED[:3]), seed=0)
 
 
