@@ -27,6 +27,7 @@ SMALLEST = {  # `BASE` stands for a tiny base
     "answering.answers": "--base BASE --sizes 1",
     "answering.lookup": "--sizes 1000",
     "answering.throughput": "--base BASE --rounds 1 --threads 1",
+    "patches.probe": "--base-model BASE --people 2 --steps 1",
     "training.lanes": "--base-model BASE --shards 2 --records 1",
 }
 OTHERWISE = {
@@ -47,7 +48,6 @@ MINUTES = {  # at any scale: try them by hand
     "answering.cold",
     "deletion.forget",
     "patches.forgetting",
-    "patches.probe",
     "patches.sequential",
     "training.executors",
     "training.profile_step",
