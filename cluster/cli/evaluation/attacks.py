@@ -82,7 +82,8 @@ def attacks(
     texts = _texts({"asked": data, "taught": taught, "others": others, "holdout": holdout})
     leak = LeakAtK(samples, max_new_tokens)
     order = AttackOrder(texts, out, _other_questions(also), names, leak, seed)
-    found = attack_models(list(dict.fromkeys(models)), references, order, options)
+    attacked, judges = (list(dict.fromkeys(each)) for each in (models, references))
+    found = attack_models(attacked, judges, order, options)
     body = {"known_before": found[0].known_before, "models": list(map(_attack_json, found))}
     return Result(body, [line for each in found for line in _attack_words(each)])
 

@@ -149,6 +149,13 @@ def test_an_attack_that_is_named_twice_is_made_once(attack: Attack, tiny_base: P
     assert attack(*twice).json == once.json, "the log can be read again"
 
 
+def test_a_reference_that_is_named_twice_is_one(attack: Attack, tiny_base: Path, knowing: Path) -> None:
+    twice = ("-m", knowing, *(("--reference", tiny_base) * 2), "--holdout", attack.unseen)
+    (model,) = attack(*twice, "--attack", "membership").json["models"]
+    assert "reference" in model["membership"]
+    assert "lira" not in model["membership"], "which needs two"
+
+
 def test_a_model_without_finite_scores_is_refused_wherever_it_stands(
     attack: Attack, tiny_base: Path, tmp_path: Path
 ) -> None:
