@@ -34,10 +34,11 @@ from tests.property.histories import (
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(2_000), num_examples(500)
 READS = """
-by_subject by_text by_vector check checkpoints contents counts describe event_head events exclusive
-exports has_event head heads held identities indexes kinds load location lookup lost meta named_by
-num_bytes num_restrictions num_tombstones num_without_subject patches read read_only requests rows
-runs search seq sets_with slices snapshot standing tombstones vault vaulted vectors work_items
+by_subject by_text by_vector check checkpoints contents counts describe event_head events events_of
+exclusive exports has_event head heads held identities indexes kinds load location lookup lost meta
+named_by num_bytes num_restrictions num_tombstones num_without_subject patches read read_only
+requests rows runs search seq sets_with slices snapshot standing tombstones vault vaulted vectors
+work_items
 """
 BELOW = {"keyring", "blobs"}  # of stores on a disk: `tests/endurance/kills.py` kills the process there
 
