@@ -196,10 +196,11 @@ def unlearn(
     import sisa.unlearn
 
     values = assignments(assigned)
-    for name, value in (("max_utility_drop", max_utility_drop), ("selection", selection)):
-        if value is not None and name in values:
-            raise click.UsageError(f"{name}: give the option or --set, not both")
-        values |= {} if value is None else {name: value}
+    options = {"max_utility_drop": max_utility_drop, "selection": selection}
+    given = {name: value for name, value in options.items() if value is not None}
+    if twice := given.keys() & values.keys():
+        raise click.UsageError(f"{', '.join(sorted(twice))}: give the option or --set, not both")
+    values |= given
     asked = forget is not None or bool(requests)
     if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to continue with a patch give neither")
@@ -304,7 +305,7 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
     if report.get("still_known", {}).get("after"):
-        made = ", on top of this patch or after `sisa approx revert`" * bool(report.get("patch_made"))
+        made = ", on top of this patch or after `sisa approx revert`" if report.get("patch_made") else ""
         yield f"  the texts stay in the vault, so you can try again{made}:"
         diverged = report.get("ending") == "diverged"
         way = "a lower learning_rate" if diverged else "a larger --max-utility-drop, more num_rounds"
