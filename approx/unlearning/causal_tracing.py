@@ -87,7 +87,7 @@ def check_layer(method: Method, model: Any) -> None:
             "the model has no such layer",
             where="layer",
             expected=f"a number from 0 to {count - 1}, or null to have it measured",
-            got=f"{method.layer}, of {count} layers",
+            got=str(method.layer),
             next_step="correct the layer",
         )
 

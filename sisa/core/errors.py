@@ -76,7 +76,10 @@ class SisaError(Exception):
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
         """Return the listed problems, or else the error itself as one, at its place or at `where`."""
-        what = ": ".join(filter(None, (self.what, self.got)))
+        facts = ", ".join(
+            f"{name} {value}" for name in ("expected", "got") if (value := getattr(self, name))
+        )
+        what = f"{self.what}: {facts}" if facts else self.what
         return tuple(self.problems) or (Problem(self.where or where, what),)
 
     def to_json(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_an_error_is_listed_as_its_problems_or_as_itself() -> None:
     own = (Problem("line 1", "no id"), Problem("line 2", "no text"))
     assert SisaError("2 bad records", problems=own).as_problems("texts") == own
     alone = SisaError("no number", got="x")
-    assert alone.as_problems("texts") == (Problem("texts", "no number: x"),)
-    placed = SisaError("no number", where="alpha", got="x")
-    assert placed.as_problems("texts") == (Problem("alpha", "no number: x"),)
+    assert alone.as_problems("texts") == (Problem("texts", "no number: got x"),)
+    placed = SisaError("no number", where="alpha", expected="0 to 1", got="x")
+    assert placed.as_problems("texts") == (Problem("alpha", "no number: expected 0 to 1, got x"),)
     assert SisaError("is damaged").as_problems("texts") == (Problem("texts", "is damaged"),)
