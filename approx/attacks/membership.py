@@ -35,7 +35,8 @@ class Membership(Attack):
         asked, unseen = (sets.examples(role) for role in self.needs)
         texts = [without_closing(each, sets.tokenizer) for each in (*asked, *unseen)]
         own, *judges = (score_examples(each, texts) for each in (model, *sets.references))
-        check_finite((each.loss for scores in (own, *judges) for each in scores), "--reference")
+        check_finite((each.loss for each in own), "--model")
+        check_finite((each.loss for scores in judges for each in scores), "--reference")
 
         def sides(scores: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
             return scores[: len(asked)], scores[len(asked) :]

@@ -24,7 +24,7 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
+        raise _unreadable(file, str(got)) from None
 
 
 def read_bytes(file: Path) -> bytes:
@@ -32,7 +32,7 @@ def read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise InvalidInput("the file can't be read", where=str(file), got=str(error.strerror)) from None
+        raise _unreadable(file, str(error.strerror)) from None
 
 
 def read_lines(file: Path) -> list[str]:
@@ -61,3 +61,8 @@ def prompts_of(file: Path) -> list[Prompt]:
     from sisa.data.reader import read_prompts
 
     return read_prompts(file) if file.suffix.lower() in DATA_SUFFIXES else list(read_lines(file))
+
+
+def _unreadable(file: Path, got: str) -> InvalidInput:
+    step = "name a file that can be read"
+    return InvalidInput("the file can't be read", where=str(file), got=got, next_step=step)

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from approx.attacks.attack import Curve, SetName
     from approx.attacks.attack_run import AttackedModel
 
+ATTACK_NAMES = (
+    "membership, relearning, relearning_out_of_domain, quantisation, leak_at_k, rewording, "
+    "prefix_injection, jailbreak, other_questions, linear_probe, depth"
+)
+
 
 @command("attacks", "--model unlearned --reference retained --data forgotten.jsonl", group=evaluation)
 @click.option(
@@ -50,7 +55,9 @@ if TYPE_CHECKING:
 )
 @click.option("--others", type=PATH, help="Texts about anything else, to relearn from.")
 @click.option("--holdout", type=PATH, help="Like texts that no model has seen, for membership.")
-@click.option("--attack", "names", multiple=True, help="Make these attacks alone. Repeatable.")
+@click.option(
+    "--attack", "names", multiple=True, help=f"Make this attack alone: {ATTACK_NAMES}. Repeatable."
+)
 @logs_option("attack-logs")
 @click.option(
     "--also", multiple=True, metavar="NAME=FILE", help="Other questions to the same. Repeatable."

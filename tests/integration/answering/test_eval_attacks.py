@@ -160,14 +160,15 @@ def test_a_model_without_finite_scores_is_refused_wherever_it_stands(
     attack: Attack, tiny_base: Path, tmp_path: Path
 ) -> None:
     broken = without_numbers(tiny_base, tmp_path / "broken")
-    for models in (
-        ("-m", broken),
-        ("-m", tiny_base, "--before", broken),
-        ("-m", tiny_base, "--reference", broken, "--holdout", attack.unseen),
+    for models, where in (
+        (("-m", broken), "broken, as_it_is"),
+        (("-m", tiny_base, "--before", broken), "broken"),
+        (("-m", tiny_base, "--reference", broken, "--holdout", attack.unseen), "--reference"),
     ):
         done = attack(*models, "--attack", "membership")
         assert (done.code, done.error["type"]) == (2, "InvalidInput")
         assert "not finite" in done.error["message"]
+        assert done.error["where"].endswith(where)
 
 
 def without_numbers(base: Path, to: Path) -> Path:

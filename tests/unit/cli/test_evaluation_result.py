@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from approx.attacks.registry import ATTACKS
 from approx.benchmarks.headline import finding, headline
 from approx.benchmarks.tofu_measures import Aggregates, ForgetSet
 from approx.evaluation.asking import FinishedLog
@@ -14,6 +15,7 @@ from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE
 from approx.metrics.privleak import PrivLeak
+from cluster.cli.evaluation.attacks import ATTACK_NAMES
 from cluster.cli.evaluation.tofu import measured_on_tofu
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
@@ -72,3 +74,7 @@ def test_what_was_not_measured_says_what_it_needs() -> None:
     one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
     text = measured_on_tofu("forget01", [(MODEL, one_judge, FIRST)], []).text
     assert "noise floor of two references not measured: give a second --reference" in text
+
+
+def test_the_help_names_every_attack() -> None:
+    assert ", ".join(ATTACKS) == ATTACK_NAMES
