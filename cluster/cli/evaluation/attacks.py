@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 import click
 
 from cluster.cli.command import PATH, command, max_new_tokens_option
-from cluster.cli.evaluation.evaluating import (
+from cluster.cli.evaluation.findings import about_model, auc_words, over_unlearned_words, privleak_words
+from cluster.cli.evaluation.named_models import attack_models, split_taught
+from cluster.cli.evaluation.options import (
     AttackOptions,
-    about_model,
-    attack_models,
-    auc_words,
     evaluation,
     logs_option,
     machine_options,
-    over_unlearned_words,
-    privleak_words,
-    split_taught,
     template_option,
 )
 from cluster.render.result import Result

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 import click
 
 from cluster.cli.command import command
-from cluster.cli.evaluation.evaluating import (
-    EvaluationOptions,
+from cluster.cli.evaluation.findings import (
     about_model,
-    ask_models,
     auc_words,
-    evaluation,
-    evaluation_options,
     headline_words,
     over_unlearned_words,
     privleak_words,
-    weight_findings,
 )
+from cluster.cli.evaluation.named_models import ask_models, weight_findings
+from cluster.cli.evaluation.options import EvaluationOptions, evaluation, evaluation_options
 from cluster.render.result import Result
 
 if TYPE_CHECKING:
