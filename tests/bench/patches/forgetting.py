@@ -4,12 +4,14 @@
     python -m tests.bench.patches.forgetting --data data --people-of rwku --people 5 \\
         --retain written --out tests/bench/patches/forgetting_rwku.json
 
+A search for a method's defaults adds `--method simnpo --set forget_weight=1` and a file of its own.
+
 A base is fine-tuned in full to know some people by heart: invented ones, TOFU's authors or RWKU's
 people. A patch with the defaults of `sisa approx unlearn` should remove one of them: rounds end when the
 probe knows none of the records and their probability has halved, or when the bound on utility stops
 them. The result has the report and what the base then knows of the others, who are in the retain set
 `given` and not in `written`. It is written after every patch, and the same command continues it, on
-another machine, too; several commands with other methods may fill one file.
+another machine, too; several commands with other methods or settings may fill one file.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base.
@@ -18,6 +20,7 @@ base.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -52,13 +55,13 @@ def forget(
     method: str,
     retain: str,
     adapter: Adapter,
-    values: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Forget the first of some people, and return the outcome for them and for the others."""
     bench = Bench(folder, base)
     gone = [each for each in people if each.subject_id == people[0].subject_id]
     others = [each for each in people if each not in gone]
-    asked = settings_of(method, values, adapter, seed=3, sequence_len=SEQUENCE_LEN)
+    asked = settings_of(method, settings, adapter, seed=3, sequence_len=SEQUENCE_LEN)
     made = bench.make(bench.order(asked, gone, others if retain == "given" else None))
     patches = [] if made.saved is None else [bench.files(made)]
     known = {
@@ -69,6 +72,7 @@ def forget(
     return {
         "method": method,
         "retain": retain,
+        "settings": dict(settings),
         **{name: made.report[name] for name in REPORTED},
         "flops_estimated": cost["flops_estimated"],
         "seconds": round(cost["seconds"], 1),
@@ -104,9 +108,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     knowing, base = folder / "knowing", base_dir(given.tiny, given.base_model, folder)
     taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
-    values = {} if given.rounds is None else {"num_rounds": given.rounds}
-    name = "tiny" if given.tiny else given.base_model
-    design = {"base_model": name, "people": given.people, "rounds": given.rounds}
+    settings = {name: json.loads(value) for name, value in (each.split("=") for each in given.set or ())}
+    design = {"base_model": "tiny" if given.tiny else given.base_model, "people": given.people}
     design |= {"people_of": given.people_of if given.data else "invented", "procedure": PROCEDURE}
 
     def rows() -> list[Any]:
@@ -115,9 +118,10 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return held["rows"] if same else []
 
     for method, retain in product(given.method or sorted(METHODS), given.retain or RETAIN):
-        if (method, retain) not in [(row["method"], row["retain"]) for row in rows()]:
+        made = {"method": method, "retain": retain, "settings": settings}
+        if not any(made.items() <= row.items() for row in rows()):
             place = folder / f"{method}-{retain}"
-            row = forget(place, knowing, people, method, retain, adapter, values)
+            row = forget(place, knowing, people, method, retain, adapter, settings)
             write(given.out, {**design, "rows": [*rows(), {**row, **here(), "taught": taught}]})
             print(method, retain, row["outcome"], row["still_known"], flush=True)
     return {**design, "rows": rows()}
@@ -154,7 +158,8 @@ def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             column = f"{base}, {found['people_of']}, {row['retain']}"
-            rows.setdefault(row["method"], {})[column] = row
+            changed = [f"{name} {value}" for name, value in row["settings"].items()]
+            rows.setdefault(", ".join([row["method"], *changed]), {})[column] = row
             columns[column] = None
     shared = [each for each in columns if all(each in of for of in rows.values())]
 
@@ -179,7 +184,7 @@ def main() -> None:
         data={"type": Path, "help": "a directory with tofu/ and rwku/; without it, people are invented"},
         people_of={"choices": list(PEOPLE_OF), "default": "tofu", "help": "of --data"},
         people=10,
-        rounds=int,
+        set={"action": "append", "metavar": "NAME=VALUE", "help": "instead of a default; value in JSON"},
     )
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(table(run(given, Path(folder)))))
