@@ -20,7 +20,6 @@ base.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -31,6 +30,7 @@ from typing import Any
 from approx.evaluation.probe import BaseProbe
 from approx.methods.registry import METHODS
 from approx.patches.patch_settings import PROCEDURE, Adapter, settings_of
+from cluster.cli.patches import assignments, values_in_words
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
 from tests.bench.answering import routing
@@ -108,7 +108,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     knowing, base = folder / "knowing", base_dir(given.tiny, given.base_model, folder)
     taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
-    settings = {name: json.loads(value) for name, value in (each.split("=") for each in given.set or ())}
+    settings = assignments(given.set or ())
     design = {"base_model": "tiny" if given.tiny else given.base_model, "people": given.people}
     design |= {"people_of": given.people_of if given.data else "invented", "procedure": PROCEDURE}
 
@@ -158,8 +158,8 @@ def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             column = f"{base}, {found['people_of']}, {row['retain']}"
-            changed = [f"{name} {value}" for name, value in row["settings"].items()]
-            rows.setdefault(", ".join([row["method"], *changed]), {})[column] = row
+            named = ", ".join(filter(None, [row["method"], values_in_words(row["settings"])]))
+            rows.setdefault(named, {})[column] = row
             columns[column] = None
     shared = [each for each in columns if all(each in of for of in rows.values())]
 
@@ -184,7 +184,7 @@ def main() -> None:
         data={"type": Path, "help": "a directory with tofu/ and rwku/; without it, people are invented"},
         people_of={"choices": list(PEOPLE_OF), "default": "tofu", "help": "of --data"},
         people=10,
-        set={"action": "append", "metavar": "NAME=VALUE", "help": "instead of a default; value in JSON"},
+        set={"action": "append", "metavar": "KEY=VALUE", "help": "as in `sisa approx unlearn`"},
     )
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(table(run(given, Path(folder)))))
