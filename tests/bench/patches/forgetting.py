@@ -103,12 +103,12 @@ def rows_of(given: argparse.Namespace, per_person: int) -> list[dict[str, str]]:
 
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Teach a base, make the patches that the result lacks, and write it after each of them."""
+    settings = assignments(given.set or ())
     scale, adapter = (TINY, Adapter(4, 8)) if given.tiny else (Scale(), Adapter())
     people = list(map(record, rows_of(given, scale.per_person)))
     knowing, base = folder / "knowing", base_dir(given.tiny, given.base_model, folder)
     taught = teach(base, people, to=knowing, steps=scale.steps, learning_rate=scale.learning_rate)
     print("taught", taught, flush=True)
-    settings = assignments(given.set or ())
     design = {"base_model": "tiny" if given.tiny else given.base_model, "people": given.people}
     design |= {"people_of": given.people_of if given.data else "invented", "procedure": PROCEDURE}
 
