@@ -33,6 +33,7 @@ from approx.patches.patch_settings import PROCEDURE, Adapter, settings_of
 from cluster.cli.patches import assignments, values_in_words
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
+from sisa.flows.wiring.progress import progress
 from tests.bench.answering import routing
 from tests.bench.command import BASE, arguments, here, markdown, read, write
 from tests.bench.patches.known_people import TINY, Scale, base_dir
@@ -62,7 +63,8 @@ def forget(
     gone = [each for each in people if each.subject_id == people[0].subject_id]
     others = [each for each in people if each not in gone]
     asked = settings_of(method, settings, adapter, seed=3, sequence_len=SEQUENCE_LEN)
-    made = bench.make(bench.order(asked, gone, others if retain == "given" else None))
+    with progress() as shown:
+        made = bench.maker.make(bench.order(asked, gone, others if retain == "given" else None), shown)
     patches = [] if made.saved is None else [bench.files(made)]
     known = {
         name: BaseProbe(bench.site.base, 1, SEQUENCE_LEN, stack)(others)
