@@ -220,6 +220,9 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "forgetting": lambda: forgetting.table(
             *(recorded(f"patches/forgetting_{on}") for on in ("smollm2", "tofu", "rwku", "tiny"))
         ),
+        "search": lambda: forgetting.table(
+            *(recorded(f"patches/search_{on}") for on in ("rwku", "tofu"))
+        ),
         "fallback": lambda: fallback.table(
             recorded("patches/fallback"), recorded("patches/fallback_kl_minimisation")
         ),
