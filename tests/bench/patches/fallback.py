@@ -10,7 +10,7 @@ records of the nine others. `sisa approx revert` removes a patch before the next
 
 The base, the served model and attacks on it are measured before and after each patch. Each seed has
 other people and another seed of the patch. The result is written after every seed, and the same command
-continues it. `--method` measures another method than the default.
+continues it. `--method` and `--set` measure others than the defaults.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).
@@ -26,10 +26,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.patches import METHOD
+from cluster.cli.patches import METHOD, assignments
 from sisa.data.samples import to_jsonl
 from tests.bench.command import BASE, arguments, here, markdown, read, with_spread, write
-from tests.bench.patches.known_people import CONSENT, TINY, Ground, Scale, Way, base_dir
+from tests.bench.patches.known_people import (
+    CONSENT,
+    SET,
+    TINY,
+    Ground,
+    Scale,
+    Way,
+    base_dir,
+    method_in_words,
+)
 
 FORGOTTEN = "p001"
 SEEDS = (7, 8, 9)
@@ -154,7 +163,9 @@ def table(*of_methods: Mapping[str, Any]) -> Iterator[str]:
         runs = [each["patches"] for each in found["seeds"].values()]
         for name in (each for each in WAYS if each in runs[0]):
             of = [each[name] for each in runs]
-            lines.append(_line(of[0]["method"], name, of, {**COLUMNS, **OF_A_PATCH}))
+            chosen = {key: value for key, value in of[0]["settings"].items() if key != "seed"}
+            method = method_in_words(of[0]["method"], chosen)
+            lines.append(_line(method, name, of, {**COLUMNS, **OF_A_PATCH}))
     yield from markdown(("method", "retain set", "seeds", *COLUMNS, *OF_A_PATCH), lines)
 
 
@@ -195,7 +206,9 @@ def main() -> None:
         seeds={"nargs": "+", "type": int, "default": list(SEEDS)},
         method=METHOD,
         retain={"nargs": "+", "choices": WAYS, "default": list(WAYS)},
+        set=SET,
     )
+    settings = assignments(given.set or ())
     name = "tiny" if given.tiny else given.base_model
     found = {**here(name), "seeds": read(given.out).get("seeds", {})}
     for seed in given.seeds:
@@ -206,7 +219,7 @@ def main() -> None:
             base = base_dir(given.tiny, given.base_model, Path(folder))
             ground = Ground.laid(Path(folder), base, scale)
             ways = {
-                name: replace(WAYS[name], method=given.method, settings={"seed": seed})
+                name: replace(WAYS[name], method=given.method, settings={**settings, "seed": seed})
                 for name in given.retain
             }
             found["seeds"][str(seed)] = run(ground, erase(ground, FORGOTTEN), ways, with_attacks)

@@ -30,13 +30,13 @@ from typing import Any
 from approx.evaluation.probe import BaseProbe
 from approx.methods.registry import METHODS
 from approx.patches.patch_settings import PROCEDURE, Adapter, settings_of
-from cluster.cli.patches import assignments, values_in_words
+from cluster.cli.patches import assignments
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
 from sisa.flows.wiring.progress import progress
 from tests.bench.answering import routing
 from tests.bench.command import BASE, arguments, here, markdown, read, write
-from tests.bench.patches.known_people import TINY, Scale, base_dir
+from tests.bench.patches.known_people import SET, TINY, Scale, base_dir, method_in_words
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench
 
@@ -160,8 +160,7 @@ def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
         base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
         for row in found["rows"]:
             column = f"{base}, {found['people_of']}, {row['retain']}"
-            named = ", ".join(filter(None, [row["method"], values_in_words(row["settings"])]))
-            rows.setdefault(named, {})[column] = row
+            rows.setdefault(method_in_words(row["method"], row["settings"]), {})[column] = row
             columns[column] = None
     shared = [each for each in columns if all(each in of for of in rows.values())]
 
@@ -186,7 +185,7 @@ def main() -> None:
         data={"type": Path, "help": "a directory with tofu/ and rwku/; without it, people are invented"},
         people_of={"choices": list(PEOPLE_OF), "default": "tofu", "help": "of --data"},
         people=10,
-        set={"action": "append", "metavar": "KEY=VALUE", "help": "as in `sisa approx unlearn`"},
+        set=SET,
     )
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(table(run(given, Path(folder)))))

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN, METHOD
+from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN, METHOD, values_in_words
 from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.weights import resolve_base
 from tests.models.knowing_base import record, teach
@@ -45,6 +45,7 @@ NEUTRAL = (
     "He closed the window because the wind had blown his papers onto the floor.",
     "Mountains are formed over millions of years as plates of the earth's crust collide.",
 )
+SET = {"action": "append", "metavar": "KEY=VALUE", "help": "as in `sisa approx unlearn`"}
 Row = Mapping[str, str]
 
 
@@ -103,6 +104,11 @@ class Way:
         retain = "records of the others" if self.keep else "written by the base"
         found = {"method": self.method, "retain": retain, "settings": dict(self.settings)}
         return found if self.max_drift is None else {**found, "max_drift": self.max_drift}
+
+
+def method_in_words(method: str, settings: Mapping[str, Any]) -> str:
+    """Return a method with the settings that differ from its defaults, as in a table."""
+    return ", ".join(filter(None, [method, values_in_words(settings)]))
 
 
 @dataclass(frozen=True)
