@@ -224,7 +224,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
             *(recorded(f"patches/search_{on}") for on in ("rwku", "tofu"))
         ),
         "fallback": lambda: fallback.table(
-            recorded("patches/fallback"), recorded("patches/fallback_kl_minimisation")
+            *(recorded(f"patches/fallback{of}") for of in ("", "_smaller_beta", "_kl_minimisation"))
         ),
         "fallback-tiny": lambda: fallback.table(
             recorded("patches/fallback_tiny"), recorded("patches/fallback_tiny_kl_minimisation")
