@@ -10,7 +10,8 @@ records of the nine others. `sisa approx revert` removes a patch before the next
 
 The base, the served model and attacks on it are measured before and after each patch. Each seed has
 other people and another seed of the patch. The result is written after every seed, and the same command
-continues it. `--method` and `--set` measure others than the defaults.
+continues it. `--method` and `--set` choose another method or other settings; give them a file of
+their own.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).

@@ -150,7 +150,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def table(*of_bases: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what patches leave, by method with what differs from its defaults, by base and retain set.
+    """Yield what patches leave: a row per method and its settings, a column per base and retain set.
 
     The method of which least comes back, in the mean over the columns that all have, stands first.
     """
