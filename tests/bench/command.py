@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from sisa.data.samples import make_people
@@ -94,12 +95,12 @@ def read_rows(file: Path) -> list[Any]:
         return [json.loads(line) for line in lines]
 
 
-def read(path: Path | None) -> dict[str, Any]:
-    """Return what an earlier run has written; nothing if there is none."""
+def read(path: Path | None, design: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what an earlier run of this design has written; nothing if there is none."""
     found: dict[str, Any] = {}
     if path is not None and path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return found if design.items() <= found.items() else {}
 
 
 def write(path: Path | None, found: Mapping[str, Any], indent: int = 2) -> None:

@@ -16,7 +16,7 @@ from sisa.data.reader import read_records
 from sisa.data.samples import make_people
 from sisa.lm.routing.embedder import HashingEmbedder
 from tests.bench.answering import routing
-from tests.bench.command import read
+from tests.bench.command import read, write
 from tests.bench.training.equal_shards import Bench
 from tests.fakes.benchmarks import MADE_UP, write_made_up
 from tests.models.patched import QUIET
@@ -65,6 +65,14 @@ def check_tables(name: str, out: Path) -> None:
     module, found = importlib.import_module(f"tests.bench.{name}"), read(out)
     for table in [each for each in vars(module) if each == "table" or each.endswith("_table")]:
         assert len(list(getattr(module, table)(found))) > 2, table
+
+
+def test_only_a_result_of_the_same_design_is_continued(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert read(out, {"method": "npo"}) == {}
+    write(out, found := {"method": "npo", "settings": {"beta": 0.05}, "seeds": {"7": {}}})
+    assert read(out, {"method": "npo", "settings": {"beta": 0.05}}) == read(out) == found
+    assert read(out, {"method": "npo", "settings": {}}) == {}
 
 
 @QUIET

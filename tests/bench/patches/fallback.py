@@ -10,8 +10,8 @@ records of the nine others. `sisa approx revert` removes a patch before the next
 
 The base, the served model and attacks on it are measured before and after each patch. Each seed has
 other people and another seed of the patch. The result is written after every seed, and the same command
-continues it. `--method` and `--set` choose another method or other settings; give them a file of
-their own.
+continues it, on another machine, too. `--method` and `--set` choose another method or other settings;
+give them a file of their own, since a file holds one of each and another begins it anew.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).
@@ -162,11 +162,9 @@ def table(*of_methods: Mapping[str, Any]) -> Iterator[str]:
     lines = [_line("-", "no patch", [each["without_patch"] for each in first], COLUMNS)]
     for found in of_methods:
         runs = [each["patches"] for each in found["seeds"].values()]
-        for name in (each for each in WAYS if each in runs[0]):
-            of = [each[name] for each in runs]
-            chosen = {key: value for key, value in of[0]["settings"].items() if key != "seed"}
-            method = method_in_words(of[0]["method"], chosen)
-            lines.append(_line(method, name, of, {**COLUMNS, **OF_A_PATCH}))
+        method = method_in_words(found["method"], found["settings"])
+        for name in found["retain"]:
+            lines.append(_line(method, name, [each[name] for each in runs], COLUMNS | OF_A_PATCH))
     yield from markdown(("method", "retain set", "seeds", *COLUMNS, *OF_A_PATCH), lines)
 
 
@@ -210,8 +208,9 @@ def main() -> None:
         set=SET,
     )
     settings = assignments(given.set or ())
-    name = "tiny" if given.tiny else given.base_model
-    found = {**here(name), "seeds": read(given.out).get("seeds", {})}
+    design = {"base_model": "tiny" if given.tiny else given.base_model, "method": given.method}
+    design |= {"settings": settings, "retain": given.retain}
+    found = {**here(), **design, "seeds": read(given.out, design).get("seeds", {})}
     for seed in given.seeds:
         if str(seed) in found["seeds"]:
             continue
