@@ -12,7 +12,8 @@ default, without which a model learns to refuse everything.
 
 Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
 et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta of
-the code of NPO (Zhang et al. 2024) and of open-unlearning.
+the code of NPO (Zhang et al. 2024) and of open-unlearning. In a patch its beta is 0.05, found on RWKU's
+people and confirmed on TOFU's authors (`tests/bench/patches/README.md`).
 """
 
 from __future__ import annotations
@@ -46,4 +47,5 @@ class IdkDpo(Preference):
 
     name: ClassVar[str] = "idk_dpo"
     paper: ClassVar[str] = "Maini et al. 2024, TOFU: a task of fictitious unlearning for LLMs"
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"beta": 0.05}
     always_reads: ClassVar[frozenset[Role]] = Dpo.always_reads
