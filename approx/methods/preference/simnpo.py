@@ -9,9 +9,9 @@ default.
 
 Source: Fan et al. 2024, "Simplicity prevails: rethinking negative preference optimization for LLM
 unlearning". Defaults are the command of their code for TOFU forget10: beta 4.5, weight 0.125 on the
-forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight 0.1375. In a patch they
-leave answers known; beta 0.2 and weight 1 were found on RWKU's people and confirmed on TOFU's authors
-(`tests/bench/patches/README.md`).
+forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight 0.1375. These
+values leave answers known after a patch. The values in a patch were found on RWKU's people and confirmed
+on TOFU's authors (`tests/bench/patches/README.md`).
 """
 
 from __future__ import annotations
