@@ -12,8 +12,9 @@ default, without which a model learns to refuse everything.
 
 Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
 et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta of
-the code of NPO (Zhang et al. 2024) and of open-unlearning. In a patch its beta is 0.05, found on RWKU's
-people and confirmed on TOFU's authors (`tests/bench/patches/README.md`).
+the code of NPO (Zhang et al. 2024) and of open-unlearning. In a patch beta is 0.05, found on RWKU's
+people and confirmed on TOFU's authors (`tests/bench/patches/README.md`), and DPO has IdkDPO's scale and
+retain term: its own scale of 1 left answers known on both.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Dpo(Preference):
     retain_weight: float = 0.0
     name: ClassVar[str] = "dpo"
     paper: ClassVar[str] = "Rafailov et al. 2023, Direct preference optimization"
-    in_a_patch: ClassVar[Mapping[str, Any]] = {"retain_weight": 1.0}
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"beta": 0.05, "forget_weight": 40.0, "retain_weight": 1.0}
     always_reads: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
 
     @property
