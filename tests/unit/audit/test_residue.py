@@ -418,7 +418,9 @@ def test_the_files_of_a_service_are_no_garbage_and_no_residue(
     assert list(listed(model)) == [f"{SERVICE_STATE}.old"]
 
 
-def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
+def test_garbage_of_every_kind_is_listed_with_its_reason(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = min(checkpoints(model))
     planted = {
         "notes.txt": False,
@@ -438,6 +440,9 @@ def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
     assert set(found) == expected
     assert {each.num_bytes for each in found.values()} == {5}
     assert [path for path, each in found.items() if not each.removable] == ["notes.txt"]
+    for here, named in ((model.parent, model.name), (model, ".")):
+        monkeypatch.chdir(here)
+        assert listed(Path(named)) == found, "a relative path names the same"
     held = content(model)
     with context_of(model) as context:
         remove_garbage(context, model)
