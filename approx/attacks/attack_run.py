@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from approx.attacks.attack import Attack, AttackSets, Aucs, Curve, SetName, probabilities
+from approx.attacks.attack import LORA, Attack, AttackSets, Aucs, Curve, SetName, probabilities
 from approx.attacks.registry import ATTACKS
 from approx.attacks.sampling import LeakAtK
 from approx.evaluation.answer_score import check_finite
@@ -177,6 +177,7 @@ def attack_opened(
         "samples": order.leak.samples,
         "max_new_tokens": order.leak.max_new_tokens,
         "seed": order.seed,
+        "adapter": LORA,
         "references": [each.evaluated.digest for each in references],
     }
     if references:

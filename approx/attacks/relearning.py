@@ -1,9 +1,10 @@
 """Relearning: fine-tuning on a few texts brings back what was hidden, not gone.
 
 Curve: the probability of the asked answers, by the number of steps. A fresh LoRA adapter over the model
-is trained on all of the taught texts at once (AdamW, LEARNING_RATE). In domain they are of the same
-subject as the asked ones; out of domain they are about anything else, so that whatever returns was never
-gone.
+is trained on all of the taught texts at once (AdamW, LEARNING_RATE). It is the same for every model: as
+narrow as a patch of one matrix, it could learn next to nothing, and such a patch would seem robust. In
+domain the texts are of the same subject as the asked ones; out of domain they are about anything else,
+so that whatever returns was never gone.
 
 Source: Hu et al. (2024, arXiv 2406.13356), "Jogging the memory of unlearned models"; out of domain:
 Lynch et al. (2024, arXiv 2402.16835).
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from approx.attacks.attack import (
+    LORA,
     Attack,
     AttackSets,
     Curve,
@@ -32,6 +35,7 @@ from approx.attacks.attack import (
 )
 from approx.evaluation.answers import collate, logits_at
 from approx.methods.method import mean_nll
+from sisa.lm.base.adapter import lora_config
 from sisa.lm.base.tokens import Tokens
 
 RELEARNING_STEPS = (3, 20)
@@ -72,7 +76,7 @@ def relearnt(
     found: dict[Strength, list[float]] = {0: probabilities(model, asked)}
     with trained_as_before(model):
         torch.manual_seed(seed)  # for the fresh adapter's first factors
-        model.add_adapter(EXTRA, model.peft_config["default"])
+        model.add_adapter(EXTRA, lora_config(LORA, model))
         model.base_model.set_adapter(["default", EXTRA])
         try:
             for name, each in model.named_parameters():
@@ -90,5 +94,14 @@ def relearnt(
                     found[step] = probabilities(model, asked)
         finally:
             model.delete_adapter(EXTRA)
+            _unwrap(model)
             model.base_model.set_adapter("default")
     return found
+
+
+def _unwrap(model: Any) -> None:
+    """Put back the modules that no adapter is on any more, where PEFT leaves its own around them."""
+    for name, each in list(model.named_modules()):
+        if isinstance(each, LoraLayer) and not each.lora_A:
+            holder, _, place = name.rpartition(".")
+            setattr(model.get_submodule(holder), place, each.get_base_layer())

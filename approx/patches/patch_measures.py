@@ -51,7 +51,6 @@ from approx.metrics.word_overlap import rougeL_recall
 from approx.unlearning.stopping import Knowledge
 from approx.unlearning.written.invented_names import rename_record
 from sisa.core.domain import Record
-from sisa.lm.base.adapter import attach
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, end_tokens, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_CONTINUATION_TOKENS = 64, 16, 48
@@ -179,9 +178,7 @@ def measure_robustness(
 def _control(model: Any, taught: AttackSets, reference: Any) -> dict[str, Any] | None:
     """Return what a model that never knew the texts learns in as many steps."""
     if reference is not None:
-        config = replace(model.peft_config["default"], base_model_name_or_path=None)
-        other = attach(reference, config, None, init_seed=0)
-        return {"of": "the reference", **Relearning()(other, taught, seed=0).means}
+        return {"of": "the reference", **Relearning()(reference, taught, seed=0).means}
     renamed = [other for each in taught.asked if (other := rename_record(each, 0)) is not None]
     sets = replace(taught, asked=renamed, taught=renamed)
     if not sets.tokens(renamed):

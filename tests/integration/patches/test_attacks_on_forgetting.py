@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from approx.attacks.attack import Attack, AttackSets, Curve, probabilities
+from approx.attacks.attack import LORA, Attack, AttackSets, Curve, probabilities
 from approx.attacks.depth import Depth, patched_gaps
 from approx.attacks.linear_probe import LinearProbe, held_out_scores, ridge
 from approx.attacks.membership import Membership
@@ -32,6 +32,7 @@ from approx.metrics.auc import auc
 from approx.unlearning.hidden_states import hidden_at
 from sisa.core.domain import BaseFiles, Part, Record
 from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.weights import base_digest, load_base
 from tests.models.knowing_base import record
 from tests.models.patch_bench import KNOWN, STRANGERS
@@ -111,6 +112,17 @@ def test_relearning_teaches_and_out_of_domain_teaches_less(model: Any, sets: Att
     assert list(inside.means) == ["0", "2", "20"]
     assert inside.means["20"] > outside.means["20"]
     assert inside.means["20"] > inside.means["2"] > inside.means["0"]
+
+
+def test_relearning_is_as_strong_over_any_adapter_of_the_model(model: Any, sets: AttackSets) -> None:
+    other, attack = replace(sets, asked=UNSEEN[:2]), Relearning((20,))
+    narrow = {**LORA, "lora_target_modules": ["q_proj"], "lora_r": 1, "lora_alpha": 1}
+    worn = deepcopy(model)
+    patched = attach(worn, lora_config(narrow, worn), None, init_seed=0)
+    before, expected = state(patched), attack(model, other, seed=0).means
+    assert expected["20"] > expected["0"] + 0.1
+    assert attack(patched, other, seed=0).means == pytest.approx(expected, rel=1e-3)
+    assert state(patched) == before
 
 
 def test_rounding_to_many_bits_changes_nothing(model: Any, sets: AttackSets) -> None:
