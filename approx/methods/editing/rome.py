@@ -14,14 +14,15 @@ edited into what the earlier ones left, and may undo some of it: `memit` writes 
 Source: Meng et al. 2022, "Locating and editing factual associations in GPT" (arXiv 2202.05262), section
 3.1 and eq. 2; code `rome/compute_u.py`, `rome/compute_v.py`. There the target is another object, the key
 is a mean over random prefixes, and d has a KL term on "{subject} is a". Here the target is a refusal,
-the prompt has the form of the records alone, and the retain set gives C.
+the prompt has the form of the records alone, and the retain set gives C. In a patch `max_value_norm` is
+1, found on RWKU's people and confirmed on TOFU's authors (`tests/bench/patches/README.md`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Rome(Edit):
 
     name: ClassVar[str] = "rome"
     paper: ClassVar[str] = "Meng et al. 2022, Locating and editing factual associations in GPT"
+    in_a_patch: ClassVar[Mapping[str, Any]] = {"max_value_norm": 1.0}
 
     def edits(self, editing: Editing) -> Iterator[int]:
         """Write one fact after another."""
