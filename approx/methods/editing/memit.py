@@ -13,8 +13,8 @@ less.
 Source: Meng et al. 2023, "Mass-editing memory in a transformer" (arXiv 2210.07229), sections 4.2 and
 4.3; code `memit/memit_main.py`. Its GPT-J configuration has a weight of 15000 and 6 of 28 layers. On a
 tiny base that knew three answers by heart (NLL 0.03), 15000 raises their NLL to 1.4, 1000 to 4.9 and 1
-to 5.5, and none of them changes what is to be kept (0.0334). In a patch it is 100, found on RWKU's
-people and confirmed on TOFU's authors (`tests/bench/patches/README.md`).
+to 5.5, and none of them changes what is to be kept (0.0334). In a patch the weight is 100, found on
+RWKU's people and confirmed on TOFU's authors (`tests/bench/patches/README.md`).
 """
 
 from __future__ import annotations
