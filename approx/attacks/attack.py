@@ -30,7 +30,7 @@ from sisa.lm.base.tokens import Tokens, spans
 
 SetName = Literal["asked", "taught", "others", "holdout"]
 Strength = int | str
-# of an attacker who trains, whatever adapter the model has
+# the adapter that an attack trains, whatever adapter the model has
 LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
 

@@ -1,10 +1,10 @@
 """Relearning: fine-tuning on a few texts brings back what was hidden, not gone.
 
 Curve: the probability of the asked answers, by the number of steps. A fresh LoRA adapter over the model
-is trained on all of the taught texts at once (AdamW, LEARNING_RATE). The adapter is
-the same for every model. With the shape of a patch of one matrix it could learn next to nothing, and
-such a patch would seem robust. In domain the texts are of the same subject as the asked ones; out of
-domain they are about anything else, so that whatever returns was never gone.
+is trained on all of the taught texts at once (AdamW, LEARNING_RATE). It has the same shape over every
+model: with that of a patch of one matrix it could learn next to nothing, and the patch would seem
+robust. In domain the texts are of the same subject as the asked ones; out of domain they are about
+anything else, so that whatever returns was never gone.
 
 Source: Hu et al. (2024, arXiv 2406.13356), "Jogging the memory of unlearned models"; out of domain:
 Lynch et al. (2024, arXiv 2402.16835).

@@ -183,7 +183,7 @@ def _item(directory: Path, blobs: BlobStore, name: str, reason: str, *, removabl
     root = local_root(blobs)
     where = blobs.location(name)
     if root is not None and directory in (root, root.parent):
-        where = (root / name).relative_to(directory).as_posix()  # both are relative if the user said so
+        where = (root / name).relative_to(directory).as_posix()  # as the user named the directory
     garbage = Garbage(where, blobs.num_bytes(name), reason, removable)
     return garbage, lambda: blobs.erase([name])
 
