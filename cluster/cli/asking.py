@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sisa.flows.answers.routing import HeldPrompts
     from sisa.flows.candidates import Candidate
     from sisa.flows.locations import Location
-    from sisa.flows.status import Status
+    from sisa.flows.status import ShardStatus, Status
     from sisa.model import Model
 
 _Found = TypeVar("_Found")
@@ -81,15 +81,7 @@ def status_shown(found: Status) -> Result:
         f"model digest {found.model_digest}",
         "shard  records  per slice            depth  head",
     ]
-    for each in found.shards:
-        per_slice = " ".join(map(str, each.slice_records))
-        head = each.head[:16] + "..." if each.head else "none (the base)"
-        target = "the base" if each.target is None else f"{each.target[:16]}..."
-        waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
-        if found.restricted_records and each.served != each.head:
-            waiting += f"  (restricted: serves {counted(each.served_depth, 'slice')})"
-        depth = f"{each.depth}/{each.num_stages}"
-        lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
+    lines += map(_shard_row, found.shards)
     more = ""
     if found.num_orders > 1:
         others = counted(found.num_orders - 1, "other order")
@@ -121,6 +113,18 @@ def status_shown(found: Status) -> Result:
     requests = [view_body(each) for each in found.requests]
     body = asdict(found) | {"requests": requests, "witness": {"path": path, "standing": standing}}
     return Result(body, lines)
+
+
+def _shard_row(shard: ShardStatus) -> str:
+    """Return a shard's row of the table. It serves less than its head where a record is restricted."""
+    per_slice = " ".join(map(str, shard.slice_records))
+    head = shard.head[:16] + "..." if shard.head else "none (the base)"
+    target = "the base" if shard.target is None else f"{shard.target[:16]}..."
+    notes = "" if shard.converged else f"  (clean; {target} is to be trained)"
+    if shard.served != shard.head:
+        notes += f"  (restricted: serves {counted(shard.served_depth, 'slice')})"
+    depth = f"{shard.depth}/{shard.num_stages}"
+    return f"{shard.shard:5}  {shard.records:7}  {per_slice:20} {depth:>5}  {head}{notes}"
 
 
 def routing_check(found: HeldPrompts | None) -> list[str]:

@@ -111,15 +111,7 @@ def verify(
     except IntegrityError as error:  # the ledger itself is damaged, so files can't be judged by it
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
     findings += wrong
-    chains: dict[int, list[Chain]] = {}
-    reasons: dict[int, str] = {}
-    for head in (head for head in heads if head.shard in replayed):
-        if findings:
-            reasons[head.shard] = "held files are damaged"
-        elif why_not := _not_replayable(context, head):
-            reasons[head.shard] = why_not
-        else:
-            chains[head.shard] = _chains(context, head.shard)
+    chains, reasons = _to_replay(context, [each for each in heads if each.shard in replayed], findings)
     for order in range(1 + len(context.recipe.other_orders)):
         of_order = [each[order] for each in chains.values() if each[order].jobs]
         if of_order and replays is not None:
@@ -142,6 +134,22 @@ def verify(
     if context.stores.keyring.seals:
         findings += [Problem(each.where, each.what) for each in forms(context)]
     return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
+
+
+def _to_replay(
+    context: Context, heads: Sequence[Head], findings: Sequence[Problem]
+) -> tuple[dict[int, list[Chain]], dict[int, str]]:
+    """Return the chains of shards that can be replayed, and why the others can't, by shard."""
+    chains: dict[int, list[Chain]] = {}
+    reasons: dict[int, str] = {}
+    for head in heads:
+        if findings:
+            reasons[head.shard] = "held files are damaged"
+        elif why_not := _not_replayable(context, head):
+            reasons[head.shard] = why_not
+        else:
+            chains[head.shard] = _chains(context, head.shard)
+    return chains, reasons
 
 
 def _not_anchored(ledger: Ledger, anchor: WitnessHead) -> list[Problem]:
