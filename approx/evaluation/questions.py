@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from sisa.core.digest import digest_of
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
+from sisa.data.dataset_export import NEEDS_CODE, needs_code
 from sisa.store.blobs.files import disk_errors
 
 PromptKind = Literal["completion", "chat", "text"]
@@ -293,6 +294,8 @@ def _from_hub(place: str, stored: str, problems: list[Problem], of: Source) -> l
         if "ValueError" in kinds or "DatasetNotFoundError" in kinds:
             problems.append(Problem(stored, f"not on the hub ({type(error).__name__})"))
             return []
+        if needs_code(error):
+            raise InvalidInput(f"the dataset {NEEDS_CODE}", where=place) from error
         raise EnvironmentFault(
             "the data could not be fetched from the hub",
             where=place,

@@ -21,6 +21,8 @@ from sisa.core.errors import EnvironmentFault
 from sisa.data.record_rules import Broken
 from sisa.store.blobs.temporary_directories import in_use
 
+NEEDS_CODE = "needs code of its own, which is never run: save its rows as JSONL"
+
 
 def export_rows(source: DatasetSource, folder: Path) -> Path:
     """Write the rows of a saved or a hub dataset to one Parquet file in `folder`, and return its path.
@@ -46,6 +48,8 @@ def export_rows(source: DatasetSource, folder: Path) -> Path:
         return target
     if "KeyError" in errors and source.split not in report.get("splits", [source.split]):
         raise Broken(f"no split '{source.split}'; it has {', '.join(report['splits'])}")
+    if report.get("needs_code"):
+        raise Broken(NEEDS_CODE)
     if "DatasetNotFoundError" in errors:
         raise Broken("no such dataset on the hub, or one that this user can't read")
     if "ValueError" in errors and not local:
@@ -58,6 +62,11 @@ def export_rows(source: DatasetSource, folder: Path) -> Path:
         got=errors[0],
         next_step="check the network, the free disk space and the name, then try again",
     )
+
+
+def needs_code(error: BaseException) -> bool:
+    """Return whether the library `datasets` refused a dataset because it has a script."""
+    return str(error).startswith("Dataset scripts are no longer supported")
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -96,6 +105,7 @@ def _export(name: str, split: str, target: str) -> dict[str, Any]:
     except BaseException as error:
         report["errors"] = [kind.__name__ for kind in type(error).__mro__]
         report["errno"] = getattr(error, "errno", None)
+        report["needs_code"] = needs_code(error)
     return report
 
 
