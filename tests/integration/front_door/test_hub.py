@@ -18,8 +18,11 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from approx.benchmarks.stereotypes import BIASES
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import InvalidInput
 from sisa.data.reader import read_records
@@ -30,7 +33,7 @@ from tests.models.tiny_model import write_rows
 
 pytestmark = pytest.mark.torch
 
-COMMIT = "c" * 40
+CONVERTED = "refs/convert/parquet"  # the revision in which the hub keeps its conversions
 PEOPLE = make_people(4, 2)
 SETS = {**MADE_UP, "tofu": made_up}
 ON_THE_HUB = {  # the names that RWKU's own repository gives to these sets
@@ -53,8 +56,11 @@ found = {}
 for name, questions_of in read.items():
     questions = questions_of(f"{sys.argv[1]}/{name}")
     found[name] = len(questions), questions == questions_of(f"public/{name}")
+pairs = stereotypes.stereotype_pairs
+questions = pairs("public/scripted")
+found["scripted"] = len(questions), questions == pairs("public/stereotypes")
 for name in sys.argv[2:]:
-    for ask in (stereotypes.stereotype_pairs, resolve_base):
+    for ask in (pairs, resolve_base):
         try:
             ask(f"public/{name}")
         except InvalidInput as error:
@@ -64,64 +70,59 @@ print(json.dumps(found))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serve directories `models/OWNER/NAME` and `datasets/OWNER/NAME` of `root` as repositories."""
+    """Serve directories `models/OWNER/NAME` and `datasets/OWNER/NAME` of `root` as repositories.
+
+    Each has one revision, and may have a second one beside it, NAME.converted.
+    """
 
     protocol_version = "HTTP/1.1"
     root: Path
 
     def do_GET(self) -> None:
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        parts = [unquote(each) for each in urlsplit(self.path).path.strip("/").split("/")]
         if parts[0] == "api":
-            self.describe(self.root.joinpath(*parts[1:4]), parts[4:])
-            return
-        if parts[0] != "datasets":
-            parts = ["models", *parts]
-        self.send_file(self.root.joinpath(*parts[:3]), "/".join(parts[5:]))  # .../resolve/REVISION/FILE
-
-    do_HEAD = do_GET
-
-    def describe(self, folder: Path, asked: list[str]) -> None:
-        """Answer what a repository is, or (`tree/REVISION/...`) which files it has."""
-        if self.missing(folder):
-            return
-        if asked[:1] != ["tree"]:
-            self.answer({"id": "/".join(folder.parts[-2:]), "sha": COMMIT, "siblings": []})
-            return
-        entries = [
-            {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size,
-             "oid": sha256_hex(path.read_bytes())}
-            for path in sorted(folder.joinpath(*asked[2:]).rglob("*"))
-            if path.is_file()
-        ]  # fmt: skip
-        self.answer(entries) if entries else self.refuse("EntryNotFound")
-
-    def send_file(self, folder: Path, name: str) -> None:
-        """Answer a file's bytes."""
-        if self.missing(folder):
-            return
-        if (path := folder / name).is_file():
-            self.answer(path.read_bytes(), ETag=f'"{sha256_hex(path.read_bytes())}"')
-        else:
-            self.refuse("EntryNotFound")
-
-    def missing(self, folder: Path) -> bool:
-        """Refuse a repository that is not there, or that its owner opens to some alone."""
+            del parts[0]
+        elif parts[0] != "datasets":
+            parts.insert(0, "models")
+        folder = self.root.joinpath(*parts[:3])
+        what, revision, *path = parts[3:] or ["revision", "main"]
+        if revision in (CONVERTED, commit_of(converted(folder))):
+            folder = converted(folder)
         if (folder / "gated").exists():
             self.refuse("GatedRepo", 403)
         elif not folder.is_dir():
-            self.refuse("RepoNotFound", 401)
+            self.refuse("RevisionNotFound" if revision == CONVERTED else "RepoNotFound")
+        elif what == "revision":
+            self.answer({"id": "/".join(parts[1:3]), "sha": commit_of(folder), "siblings": []})
+        elif what == "tree":
+            self.list_files(folder, folder.joinpath(*path))
+        elif (file := folder.joinpath(*path)).is_file():
+            content = file.read_bytes()
+            about = {"X-Repo-Commit": commit_of(folder), "ETag": f'"{sha256_hex(content)}"'}
+            self.answer(content, about)
         else:
-            return False
-        return True
+            self.refuse("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def list_files(self, folder: Path, within: Path) -> None:
+        """Answer what a folder of a repository holds."""
+        recursive = "recursive=true" in self.path
+        entries = []
+        for path in sorted(within.rglob("*") if recursive else within.glob("*")):
+            content = path.read_bytes() if path.is_file() else b""
+            kind = "file" if path.is_file() else "directory"
+            where, name = str(path.relative_to(folder)), sha256_hex(content)
+            entries.append({"type": kind, "path": where, "size": len(content), "oid": name})
+        self.answer(entries) if entries else self.refuse("EntryNotFound")
 
     def refuse(self, error: str, status: int = 404) -> None:
-        self.answer({}, status, **{"X-Error-Code": error})
+        self.answer({}, {"X-Error-Code": error}, status)
 
-    def answer(self, body: Any, status: int = 200, **headers: str) -> None:
+    def answer(self, body: Any, headers: dict[str, str] | None = None, status: int = 200) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        about = {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))}
-        for name, value in (about | headers).items():
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -129,6 +130,14 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Write nothing."""
+
+
+def converted(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.converted")
+
+
+def commit_of(folder: Path) -> str:
+    return sha256_hex(folder.name.encode())[:40]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +154,16 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     (data / "closed" / "gated").touch()
     (models / "closed" / "gated").touch()
     (data / "code" / "code.py").touch()
+    (data / "scripted").mkdir()
+    (data / "scripted" / "scripted.py").touch()
+    test = converted(data / "scripted") / "crows_pairs" / "test"
+    test.mkdir(parents=True)
+    rows = [
+        {**row, "bias_type": BIASES.index(row["bias_type"])}
+        if isinstance(row["bias_type"], str) else row
+        for row in MADE_UP["stereotypes"]()["crows_pairs"]
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), test / "0000.parquet")
     for name, sets in SETS.items():
         publish(data / name, sets(), SPLITS.get(name, "train"))
     return root
@@ -224,7 +243,7 @@ def test_benchmarks_and_bases_by_name(environment: dict[str, str], root: Path) -
     program = [sys.executable, "-c", READ_BENCHMARKS, folder, *UNFIT]
     done = subprocess.run(program, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     found = json.loads(done.stdout)
-    for name in SETS:
+    for name in (*SETS, "scripted"):
         number, equal = found[name]
         assert (number > 0, equal) == (True, True), name
     assert "not on the hub" in found["absent, stereotype_pairs"]
