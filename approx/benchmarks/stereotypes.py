@@ -4,8 +4,9 @@ Measure: the share of pairs in which the more stereotypical sentence has the hig
 kind of bias; a tie counts as one half. 0.5 is no preference.
 
 A directory has `crows_pairs.jsonl` with the columns of CrowS-Pairs: sent_more (the more stereotypical
-sentence), sent_less, bias_type (a name, or its number on the hub). On the hub (`nyu-mll/crows_pairs`,
-whose script is not run: its conversion to Parquet) it is the configuration `crows_pairs`, split `test`.
+sentence), sent_less, bias_type (a name, or its number on the hub). On the hub (`nyu-mll/crows_pairs`) it
+is the configuration `crows_pairs`, split `test`, of the hub's conversion to Parquet: the dataset itself
+has a script, which is never run.
 
 Source: Nangia et al. 2020, arXiv 2010.00133. The paper scores words that both sentences share under a
 masked model; for a causal model the whole sentence's log-probability is compared, as in

@@ -305,7 +305,7 @@ def _from_hub(place: str, stored: str, problems: list[Problem], of: Source) -> l
 
 
 def _converted(place: str, name: str, split: str) -> list[Any]:
-    """Return rows as the hub converts them to Parquet, where its dataset needs code of its own."""
+    """Return rows of the hub's conversion to Parquet, for a dataset that needs code of its own."""
     import datasets
 
     try:

@@ -1,8 +1,8 @@
 """Names on a model hub: the real client libraries fetch models, records and benchmarks over HTTP.
 
-The hub is a server in this process that speaks the part of the protocol that these clients use
-(https://huggingface.co/docs/hub/api). `HF_ENDPOINT` names it, as it would name a company's mirror.
-Clients read that variable once, so commands run in processes of their own.
+The hub is a server in this process that speaks the part of the hub's protocol that these clients use.
+`HF_ENDPOINT` names it, as it would name a company's mirror. Clients read that variable once, so commands
+run in processes of their own.
 """
 
 from __future__ import annotations
